@@ -322,6 +322,15 @@ def add_adapter(
     use_adapters(model, {name: 1.0})
 
 
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Forget an adapter and what it takes; the modules stay wrapped, which changes nothing."""
+    for module in wrappers(model).values():
+        module.adapter_weights.pop(name, None)
+        if name in module.adapters:
+            del module.adapters[name]
+    adapters_of(model).pop(name, None)
+
+
 class _Selection(NamedTuple):
     """The modules that an adapter trains, by our names."""
 

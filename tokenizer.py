@@ -21,7 +21,7 @@ from pathlib import Path
 from tokenization.base import GENERATION, Tokenizer, end_ids
 from tokenization.bpe import BPETokenizer
 from tokenization.code import CodeTokenizer
-from tokenization.code_pieces import BOS, CODE_FILE, EOS, PAD, SPECIALS
+from tokenization.code_pieces import BOS, CODE_FILE, EOS, GAPS, PAD, SPECIALS
 from tokenization.files import read_json
 from tokenization.library import CONFIG_FILE, KIND_KEY, TOKENIZER_FILE
 from tokenization.pretrained import STARTS_GAPS, PretrainedTokenizer, opened_by_transformers
@@ -30,6 +30,7 @@ from tokenization.published import VOCAB_FILE
 __all__ = [
     "BOS",
     "EOS",
+    "GAPS",
     "GENERATION",
     "PAD",
     "SPECIALS",
@@ -45,7 +46,7 @@ __all__ = [
 ]
 
 # A part of the key of cached tokenizers: raise it when the same texts would train another one.
-TRAINING_VERSION = 1
+TRAINING_VERSION = 2
 
 
 def load_tokenizer(folder: Path, as_saved: bool = False) -> Tokenizer:

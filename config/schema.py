@@ -31,7 +31,6 @@ from config.uses import (
     FROM_BASE,
     FROZEN_BASE,
     GRADED,
-    HAS_FIM_TOKENS,
     OWN_CODE_TOKENIZER,
     OWN_OR_PRETRAINED,
     OWN_TOKENIZER,
@@ -73,8 +72,8 @@ class DataConfig:
         heal: Tokenise prompt and completion of an example as one text, and cut it where generation does, so
             that generation requests what was trained (tokenization/healing.py). Runs without this key have
             them apart.
-        fim_rate: Share of the plain documents for training that are stored as prefix, suffix and middle, for
-            models with such tokens (arXiv:2207.14255).
+        fim_rate: Share of the plain documents for training that are stored as prefix, suffix and middle
+            (arXiv:2207.14255). The tokenizer needs tokens for them, as every one has that is trained here.
         fim_order: Order in which a gap is shown: `psm` is prefix, suffix, middle; `spm` is suffix, prefix,
             middle, of which an engine that has read an earlier prompt reads only what was typed since.
         order: Order of the training documents in an epoch: `shuffled`, `sequential` (as read), or by how hard
@@ -100,8 +99,8 @@ class DataConfig:
     skip_undecodable: bool = setting(False, on_resume=REFUSED)
     loss_on: Literal["completion", "all"] = setting("completion", on_resume=REFUSED)
     heal: bool = setting(True, before=False, on_resume=REFUSED)
-    fim_rate: float = setting(0.0, at_least=0, at_most=1, used=(HAS_FIM_TOKENS,), on_resume=REFUSED)
-    fim_order: Literal["psm", "spm"] = setting("psm", used=(HAS_FIM_TOKENS,), before="psm", on_resume=REFUSED)
+    fim_rate: float = setting(0.0, at_least=0, at_most=1, on_resume=REFUSED)
+    fim_order: Literal["psm", "spm"] = setting("psm", before="psm", on_resume=REFUSED)
     order: Literal["shuffled", "sequential", "easy-first", "hard-first", "hybrid"] = setting(
         "shuffled", on_resume=REFUSED
     )

@@ -19,12 +19,6 @@ GRADED = Use(
     lambda config: config.data.order not in ("shuffled", "sequential"),
     "data.order goes by none",
 )
-HAS_FIM_TOKENS = Use(
-    "base or tokenizer.path brings the tokens",
-    lambda config: not _trains_tokenizer(config),
-    "only base or tokenizer.path brings tokens for it",
-)
-
 OWN_TOKENIZER = Use(
     "a tokenizer is trained: neither base nor tokenizer.path is given",
     _trains_tokenizer,

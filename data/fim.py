@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from tokenizer import Tokenizer
+from tokenizer import GAPS, Tokenizer
 
 MARKERS = (
-    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),  # StarCoder, StarCoder2
+    GAPS,  # StarCoder, StarCoder2, and every tokenizer that is trained here
     ("<fim-prefix>", "<fim-suffix>", "<fim-middle>"),  # SantaCoder
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder
     ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder

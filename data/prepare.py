@@ -184,6 +184,11 @@ def prepare_data(data: DataConfig | RunDocuments, tokenizer: Tokenizer) -> Prepa
         raise ValueError("the tokenizer has neither bos nor eos; name one in its tokenizer_config.json")
     if config.fim_rate:
         fim_markers(tokenizer, f"--data.fim_rate {config.fim_rate} cannot be had; leave it out")
+    if config.fim_order == "spm" and tokenizer.kind == "code":
+        raise ValueError(
+            "--data.fim_order spm cannot be had with a `code` tokenizer, which implies the space between a "
+            "prefix and a middle that are one word; leave it out, or use --tokenizer.kind bpe"
+        )
     own = config.heal, config.fim_order == "spm"
     if (tokenizer.heals, tokenizer.suffix_first) != own:
         tokenizer = copy.copy(tokenizer)  # The caller's own stays as it is.

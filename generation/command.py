@@ -12,7 +12,7 @@ import torch
 
 from architecture import Decoder
 from config.console import printable
-from generation.settings import CommandConfig, OpeningConfig
+from generation.settings import CommandConfig, OpeningConfig, WeightsConfig
 from generation.text import generate
 from modules.precision import DTYPES, choose_device
 from modules.products import speed_up
@@ -30,12 +30,12 @@ class Opened(NamedTuple):
     run: TrainedRun | None = None
 
 
-def open_model(settings: OpeningConfig) -> tuple[Decoder, Tokenizer]:
+def open_model(settings: WeightsConfig) -> tuple[Decoder, Tokenizer]:
     """Return the model and tokenizer of `opened`."""
     return opened(settings)[:2]
 
 
-def opened(settings: OpeningConfig) -> Opened:
+def opened(settings: WeightsConfig) -> Opened:
     """Open the model and tokenizer of --model, on the requested device and in the requested dtype.
 
     On a CPU its products are measured, so that it generates fast (`modules/products.py`).
@@ -43,36 +43,37 @@ def opened(settings: OpeningConfig) -> Opened:
     Raises:
         ValueError: There is no such model, it cannot be read, or it has no tokenizer.
     """
+    adapter = settings.adapter if isinstance(settings, OpeningConfig) else ""
     device = choose_device(settings.device)
     folder = Path(settings.model)
     if folder.is_dir() and not (folder / "config.json").exists():
-        found = _open_run(settings, folder, device)
+        found = _open_run(settings, folder, device, adapter)
     else:
-        found = _open_published(settings, device)
+        found = _open_published(settings, device, adapter)
     if device.type == "cpu":
         speed_up(found.model)
     return found
 
 
-def _dtype(settings: OpeningConfig) -> torch.dtype | None:
+def _dtype(settings: WeightsConfig) -> torch.dtype | None:
     """Return the dtype of products and of weights that are no matrices; None is that of the files."""
     if settings.dtype == "auto":
         return torch.bfloat16 if settings.held in INTEGERS else None
     return DTYPES[settings.dtype]
 
 
-def _open_run(settings: OpeningConfig, folder: Path, device: torch.device) -> Opened:
-    if settings.adapter:
+def _open_run(settings: WeightsConfig, folder: Path, device: torch.device, adapter: str) -> Opened:
+    if adapter:
         raise ValueError(f"{folder} is a run; --adapter is for published models")
     run = load_run(folder, settings.which)
     hold_run(run, settings.held)
     return Opened(run.model.to(device, _dtype(settings)), run.tokenizer, run)
 
 
-def _open_published(settings: OpeningConfig, device: torch.device) -> Opened:
+def _open_published(settings: WeightsConfig, device: torch.device, adapter: str) -> Opened:
     if settings.which != "best":
         raise ValueError(f"{settings.model} is a published model, and --which {settings.which} is for runs")
-    if settings.adapter:
+    if adapter:
         if settings.dtype != "auto":
             raise ValueError(
                 "an adapter's folder says which weights it was trained on; "
@@ -83,7 +84,7 @@ def _open_published(settings: OpeningConfig, device: torch.device) -> Opened:
                 f"an adapter was trained on fp32, bf16 or nf4 weights; leave --held {settings.held} out"
             )
         weight_format = "auto" if settings.held == "full" else settings.held
-        found = open_adapted(settings.model, settings.adapter, weight_format, device)
+        found = open_adapted(settings.model, adapter, weight_format, device)
     else:
         weight_format = None if settings.held == "full" else settings.held
         # What is rounded to integers is not rounded to bf16 before.

@@ -56,6 +56,8 @@ class Request:
         echo: Whether the prompt's own tokens are scored too, those that a healed prompt keeps.
         read_only: Whether to read the prompt, which then is in the prefix cache, and generate nothing.
         interactive: Whether somebody waits for the text as it is written: such requests come before others.
+        editor: A name of who asks: of the requests of one that wait, the newest begins first, since it shows
+            what is typed now. None begins before one of somebody else by that.
         slot: A name, say of an editor's window. A request replaces the older ones of its slot, but none of an
             equal prompt.
         seconds: Most seconds from the end of reading, after which a text ends as it is.
@@ -73,6 +75,7 @@ class Request:
     echo: bool = False
     read_only: bool = False
     interactive: bool = True
+    editor: str | None = None
     slot: str | None = None
     seconds: float | None = None
     should_stop: Callable[[], bool] | None = None

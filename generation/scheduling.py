@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from bisect import insort
+from collections import defaultdict
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -74,7 +75,8 @@ class Queue:
             # Another list each time: `step` looks at this one without the lock.
             waiting = [*self.waiting]
             insort(waiting, handle, key=lambda one: one.order)
-            self.waiting = waiting
+            has_editors = any(one.request.editor is not None for one in waiting)
+            self.waiting = in_turn(waiting) if has_editors else waiting
 
     def start(self, under_way: Collection[Handle], delayed: Collection[Handle] = ()) -> list[Handle]:
         """Take the requests that begin now, none before one that comes first and does not fit yet.
@@ -111,6 +113,18 @@ class Queue:
     def _bytes(self, rows: int, longest: int, is_alone: bool = True) -> int:
         """Return what rows take at most, each as long as the longest may become."""
         return rows * (longest + (0 if is_alone else SPARE_COLUMNS)) * self.of_token
+
+
+def in_turn(waiting: Collection[Handle]) -> list[Handle]:
+    """Order requests, interactive ones first, then older; an editor's own hold their places newest first."""
+    ordered = sorted(waiting, key=lambda one: one.order)
+    of_editor: dict[tuple[str | None, bool], list[Handle]] = defaultdict(list)
+    for one in ordered:
+        of_editor[one.request.editor, one.request.interactive].append(one)
+    return [
+        one if one.request.editor is None else of_editor[one.request.editor, one.request.interactive].pop()
+        for one in ordered
+    ]
 
 
 UNBOUNDED = {"most_waiting": math.inf, "most_bytes": math.inf, "prefix_bytes": 0}

@@ -103,12 +103,11 @@ class GenerationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpeningConfig:
+class WeightsConfig:
     """Which model writes, and how its weights are opened.
 
     Args:
         model: A model folder or a hub id such as `bigcode/starcoder2-3b`, or a run folder or checkpoint.
-        adapter: A PEFT folder for `model`, which is then a published one.
         held: Format that the matrices are stored in: `full`, or with fewer bits, `int8`, `int4` or `nf4`. The
             first two are the fast ones on a CPU; they are computed in bf16 where `dtype` is `auto`.
         which: The checkpoint of a run folder: `best` by validation loss, or `last`.
@@ -117,7 +116,6 @@ class OpeningConfig:
     """
 
     model: str = option(also=("run",))
-    adapter: str = ""
     held: Literal["full", "int8", "int4", "nf4"] = "full"
     which: Literal["best", "last"] = "best"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
@@ -125,7 +123,18 @@ class OpeningConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExaminedConfig(OpeningConfig):
+class OpeningConfig(WeightsConfig):
+    """A model, with an adapter on it or none.
+
+    Args:
+        adapter: A PEFT folder for `model`, which is then a published one.
+    """
+
+    adapter: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExaminedConfig(WeightsConfig):
     """A model that is examined at its first use.
 
     Args:
@@ -138,7 +147,7 @@ class ExaminedConfig(OpeningConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommandConfig(GenerationConfig, ExaminedConfig):
+class CommandConfig(GenerationConfig, ExaminedConfig, OpeningConfig):
     """The command line of generation.
 
     Args:

@@ -20,18 +20,15 @@ from config import (
     refuse_unwritable,
 )
 from data.cache import refuse_changed, seal_folder
-from dataset import prepare_tokenizer
 from guards.reference.exported import refuse_other_model
 from pretrained import FAMILIES, save_pretrained
 from pretrained.family import to_model
 from pretrained.save import refuse_full
 from recipes.base_config import BaseConfig
 from recipes.training import finish
-from tokenizer import STARTS_GAPS, PretrainedTokenizer, Tokenizer
 from training.beforehand import refuse_mistakes
 from training.run import load_run
 
-FIM_TOKENS = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>")  # StarCoder's tokens, in its order
 FIM_RATE = 0.5  # StarCoder's rate (arXiv:2305.06161)
 
 # Settings of the published models' config.json that differ from the family's defaults.
@@ -77,14 +74,12 @@ def make_base(settings: BaseConfig) -> Path:
     refuse_mistakes(Config(data=data))
     tokenizer = TokenizerConfig(kind="bpe", vocab_size=settings.vocab_size)
     if settings.family == "gpt_bigcode":
-        path = folder.with_name(f"{folder.name}-tokenizer")
-        with_gaps(prepare_tokenizer(data, tokenizer), path)
         print(
             f"{FIM_RATE:.0%} of the documents are cut for filling in: of files longer than a row of "
             f"{settings.block_size} tokens the base learns the markers' places, and to fill a gap by what is "
             "tuned on it"
         )
-        tokenizer, data = TokenizerConfig(path=str(path)), replace(data, fim_rate=FIM_RATE)
+        data = replace(data, fim_rate=FIM_RATE)
     model = replace(model_of(settings), vocab_size=0)
     tied = model.tie_embeddings
     config = Config(
@@ -118,26 +113,5 @@ def make_base(settings: BaseConfig) -> Path:
     if folder.exists():
         folder.rmdir()
     os.replace(unsealed, folder)
-    for made_on_the_way in (f"{folder.name}-tokenizer", run.name):
-        shutil.rmtree(folder.with_name(made_on_the_way), ignore_errors=True)
+    shutil.rmtree(run, ignore_errors=True)
     return folder
-
-
-def with_gaps(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write the tokenizer with fill-in-the-middle tokens, which no text can spell."""
-    import tokenizers
-
-    if folder.is_dir():
-        return
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    tokenizer.save(temporary)
-    path = temporary / "tokenizer.json"
-    backend = tokenizers.Tokenizer.from_file(str(path))
-    backend.add_special_tokens(list(FIM_TOKENS))
-    path.write_text(backend.to_str(), "utf-8")
-    config = json.loads((temporary / "tokenizer_config.json").read_text("utf-8"))
-    config.pop("plumb_kind", None)  # Added tokens make it more than plain byte-level BPE.
-    config |= {"additional_special_tokens": list(FIM_TOKENS), STARTS_GAPS: True}
-    (temporary / "tokenizer_config.json").write_text(json.dumps(config, indent=2), "utf-8")
-    PretrainedTokenizer.load(temporary)
-    os.replace(temporary, folder)

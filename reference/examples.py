@@ -69,7 +69,7 @@ def gap_of(text: str, rate: float) -> tuple[int, int] | None:
 def markers_of(tokens: Tokens) -> tuple[int, int, int] | None:
     """Return the ids before a prefix, a suffix and a middle; None if the tokenizer has none."""
     if isinstance(tokens, CodeTokens):
-        return None
+        return tokens.gaps
     for spelled in MARKERS:
         first, second, third = (tokens.id_of(token) for token in spelled)
         if first is not None and second is not None and third is not None:

@@ -18,6 +18,7 @@ from reference.library import ByteLevelTokens, LibraryTokens
 from reference.text import utf8
 
 N_SPECIAL = 3  # <|pad|>, <|bos|>, <|eos|>: the ids 0, 1 and 2 of the tokenizers that Plumb trains.
+N_GAPS = 3  # Tokens for gaps: the last ids of the tokenizer for source code; 3, 4 and 5 of byte-level BPE.
 CHUNK = 64  # Characters of a long run that are written together.
 IDENTIFIER = re.compile(r"([A-Za-z0-9]+(?:_[A-Za-z0-9]+)*)")
 # What stands between identifiers, cut into units, each tried in this order.
@@ -37,7 +38,8 @@ WORD = re.compile(
 class CodeTokens:
     """The tokenizer for source code (tokenization/code.py says what it is).
 
-    The ids are 3 specials, 256 bytes, 7 markers, then the pieces of the file: heads, tails, plain.
+    The ids are 3 specials, 256 bytes, 7 markers, then the pieces of the file: heads, tails, plain. Three more
+    for gaps, prefix, suffix and middle, are last; older files have none.
     """
 
     start, end = 1, 2
@@ -56,6 +58,8 @@ class CodeTokens:
         self.tails = {piece: first + i for i, piece in enumerate(tails)}
         first += len(tails)
         self.plain = {piece: first + i for i, piece in enumerate(plain)}
+        first += len(plain)
+        self.gaps = (first, first + 1, first + 2) if state.get("gaps") else None
         self.identifier = cache(self._identifier)
         self.between = cache(self._between)
 

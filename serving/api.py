@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from starlette.applications import Starlette
@@ -102,8 +103,8 @@ async def read_body(receive: Receive, length: str | None, most: int, seconds: fl
 class Exchange:
     """One request and its answer; whoever asked is watched, and when they go away nothing runs for them."""
 
-    def __init__(self, service: Service, protocol: Protocol):
-        self.service, self.protocol = service, protocol
+    def __init__(self, service: Service, protocol: Protocol, address: str):
+        self.service, self.protocol, self.address = service, protocol, address
         self.events: asyncio.Queue[Event | None] = asyncio.Queue()
         self.answer: Answer | None = None
 
@@ -114,6 +115,8 @@ class Exchange:
             asked = self.protocol.asked(body, self.service.settings)
         except ValueError as error:  # Of GenerationConfig: two settings contradict each other.
             raise Refused(400, str(error)) from None
+        if asked.editor:  # Two machines may have one name for theirs.
+            asked = replace(asked, editor=f"{self.address} {asked.editor}")
         self.watch = asyncio.ensure_future(self._watch(receive))
         self.answer = await self.service.begin(asked, model, self.events.put_nowait)
         if asked.stream:
@@ -121,14 +124,14 @@ class Exchange:
         while (event := await self.events.get()) is not None and event.number >= 0:
             pass
         self._refuse_failed(event, self.answer)
-        return Json(self.protocol.whole(self.answer, self.service.tokenizer))
+        return Json(self.protocol.whole(self.answer, self.answer.tokenizer))
 
     async def _stream(self, answer: Answer) -> AsyncIterator[bytes]:
         protocol = self.protocol
         while (event := await self.events.get()) is not None and event.number >= 0:
             if event.text is not None:
                 yield protocol.line(protocol.piece(answer, event.number, event.text))
-            elif (end := protocol.ended(answer, event.number, self.service.tokenizer)) is not None:
+            elif (end := protocol.ended(answer, event.number, answer.tokenizer)) is not None:
                 yield protocol.line(end)
         if event is None:
             return  # The client has gone.
@@ -183,6 +186,7 @@ class Server:
                 *[Route(path, self._chat, methods=["POST"]) for path in CHATS],
                 Route(TAGS, self._tags, methods=["GET"]),
                 Route("/v1/events", self._events, methods=["POST"]),
+                Route("/v1/adapters", self._adapters, methods=["POST"]),
                 Route("/metrics", self._metrics, methods=["GET"]),
                 Route("/health", self._health, methods=["GET"]),
                 *page_routes(service),
@@ -229,7 +233,7 @@ class Server:
         protocol = protocol_of(request.url.path)
         if protocol is OPENAI and "segments" in body:  # Tabby asks on the same path.
             protocol = TABBY
-        exchange = Exchange(self.service, protocol)
+        exchange = Exchange(self.service, protocol, request.client.host if request.client else "")
         try:
             found = await exchange.run(body, request.receive)
         except Refused:
@@ -257,7 +261,7 @@ class Server:
 
     async def _tags(self, request: Request) -> Response:
         n = sum(p.numel() for p in self.service.model.parameters())
-        return Json(tags(self.service.name, self.service.created, n))
+        return Json(tags([*self.service.variants], self.service.created, n))
 
     async def _events(self, request: Request) -> Response:
         """Count what became of a completion, which Tabby's clients tell."""
@@ -266,8 +270,19 @@ class Server:
             self.metrics.events.labels(kind).inc()
         return Json({})
 
+    async def _adapters(self, request: Request) -> Response:
+        """Read the adapters again, for whoever has the token."""
+        await self._body(request)
+        if not self.gate.token:
+            raise Refused(403, "adapters are read again for who has the token, and none is set; send SIGHUP")
+        if failed := await self.service.read_adapters():
+            told = "; ".join(f"{name} stays as it was: {one_line(why)}" for name, why in failed.items())
+            raise Refused(409, told)
+        return Json({"read": [*self.service.settings.adapters]})
+
     async def _models(self, request: Request) -> Response:
-        return Json(models(self.service.name, self.service.model.config.block_size, self.service.created))
+        size = self.service.model.config.block_size
+        return Json(models([*self.service.variants], size, self.service.created))
 
     async def _metrics(self, request: Request) -> Response:
         return Response(self.metrics.page(), media_type="text/plain; version=0.0.4")

@@ -34,6 +34,7 @@ class Asked:
         stream: Whether to send the text while it is made.
         usage: Whether a stream ends with its counts.
         seconds: After which a text ends as it is.
+        editor: Who asks, as the request says; empty where it says nothing.
         fields: Names of the fields that the answer is to have; none is all.
     """
 
@@ -47,6 +48,7 @@ class Asked:
     stream: bool = False
     usage: bool = False
     seconds: float | None = None
+    editor: str = ""
     fields: tuple[str, ...] = ()
 
 
@@ -72,6 +74,7 @@ class Answer:
 
     asked: Asked
     model: str
+    tokenizer: Tokenizer
     fitted: list[Fitted]
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))

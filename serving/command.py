@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from architecture import Decoder
-from generation.command import opened
+from generation.command import Opened, opened
 from serving.gate import Gate, read_token, refuse_open_address
 from serving.scores import known_scores
 from serving.settings import ServeConfig
@@ -109,24 +109,30 @@ def serve(
     refuse_open_address(settings.host, settings.is_local, token)
     listener = listen(settings)  # A port in use is told before the model is opened.
     settings = settings if settings.model else replace(settings, model=newest_run())
-    model, tokenizer, run = opened(settings)
-    examine(settings, model, tokenizer, [])
+    from serving.adapters import open_with_adapters
     from serving.service import Service
 
-    scores = known_scores(settings, run)
-    service = Service(model, tokenizer, settings.name or name_of(settings.model), settings, scores)
+    adapters = open_with_adapters(settings) if settings.adapters else None
+    found = Opened(adapters.model, adapters.tokenizer) if adapters else opened(settings)
+    model, tokenizer, run = found
+    examine(settings, model, tokenizer, [])
+    service = Service(model, tokenizer, settings.name or name_of(settings.model), settings, adapters)
+    service.scores[service.name] = known_scores(settings.model, run, settings.held)
+    service.scores |= {name: known_scores(folder) for name, folder in settings.adapters.items()}
     server = make_server(service, Gate(token, [settings.host, *settings.host_names]), settings)
     host, port = listener.getsockname()[:2]
     scheme = "https" if settings.tls_cert else "http"
     shown = f"[{host}]" if ":" in host else host
     n = sum(p.numel() for p in model.parameters())
-    device = model.embed.weight.device
-    print(f"serving {service.name}: {n:,} parameters on {device}, {model.config.block_size} positions")
+    device, size = model.embed.weight.device, model.config.block_size
+    print(f"serving {', '.join(service.variants)}: {n:,} parameters on {device}, {size} positions")
     if not settings.is_local and scheme == "http":
         told = "other machines reach it, and the token goes over the network as it is"
         print(f"warning: {told}; give --tls_cert and --tls_key")
     print(f"listening at {scheme}://{shown}:{port}; a page to try it is there; Ctrl-C ends it", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again at its end.
+    if adapters:
+        signal.signal(signal.SIGHUP, lambda *_: service.read_adapters_later())
     server.run(sockets=[listener])
     service.close()
 

@@ -64,5 +64,4 @@ class BoundedConnection(H11Protocol):
 
     def _close_without_request(self) -> None:
         self.head_timer = None
-        if self.is_idle:
-            self.transport.abort()
+        self.transport.abort()

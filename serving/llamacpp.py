@@ -56,6 +56,7 @@ class Completion(Protocol):
         wanted = body.get("response_fields") or []
         if not isinstance(wanted, list) or not all(isinstance(one, str) for one in wanted):
             wrong("response_fields", "must be a list of names")
+        slot = whole(body, "id_slot", -1, -1, 2**31)
         milliseconds = number(body, "t_max_predict_ms", 0.0, -1.0, 1e9)
         return Asked(
             prompts,
@@ -64,6 +65,7 @@ class Completion(Protocol):
             n_new=n_new,
             stream=switch(body, "stream"),
             seconds=milliseconds / 1000 if milliseconds > 0 else None,
+            editor="" if slot < 0 else f"slot {slot}",
             fields=tuple(wanted),
         )
 

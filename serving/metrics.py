@@ -31,8 +31,10 @@ class Metrics:
         self.each = Histogram("plumb_token_seconds", "For each token after it", buckets=SECONDS, **more)
         self.events = Counter("plumb_events", "What became of completions", ["kind"], **more)
         waiting = Gauge("plumb_waiting", "Requests that wait", **more)
-        waiting.set_function(lambda: len(service.loop.engine.queue.waiting) + service.waiting)
-        Gauge("plumb_texts", "Texts under way", **more).set_function(lambda: len(service.loop.engine.texts))
+        waiting.set_function(lambda: service.loop.waiting + service.waiting)
+        Gauge("plumb_texts", "Texts under way", **more).set_function(
+            lambda: service.loop.texts - service.loop.waiting
+        )
 
     def count(self, path: str, status: int, answer: Answer | None) -> None:
         """Count a request that was answered."""

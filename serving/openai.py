@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 from generation.settings import GenerationConfig
@@ -82,7 +83,8 @@ class OpenAI(Protocol):
             max_new_tokens=max(n_new, 1), stop=stops(body), seed=seed_of(body), **chosen
         )
         usage = switch(inner(body, "stream_options"), "include_usage")
-        return Asked(prompts, settings, suffix, n, n_new, logprobs, echo, stream, usage)
+        editor = text(body, "user") or ""
+        return Asked(prompts, settings, suffix, n, n_new, logprobs, echo, stream, usage, editor=editor)
 
     def whole(self, answer: Answer, tokenizer: Tokenizer) -> Any:
         """Return the object of all texts."""
@@ -176,7 +178,7 @@ def log_probs(answer: Answer, tokenizer: Tokenizer, place: int, sample: int) -> 
     }
 
 
-def models(name: str, size: int, created: int) -> dict[str, Any]:
-    """Return the list of models: one, with the positions that it was trained with."""
-    one = {"id": name, "object": "model", "created": created, "owned_by": "plumb", "max_model_len": size}
-    return {"object": "list", "data": [one]}
+def models(names: Sequence[str], size: int, created: int) -> dict[str, Any]:
+    """Return the list of models, with the positions that they were trained with."""
+    about = {"object": "model", "created": created, "owned_by": "plumb", "max_model_len": size}
+    return {"object": "list", "data": [{"id": name} | about for name in names]}

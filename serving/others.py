@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from generation.settings import GenerationConfig
@@ -137,16 +138,11 @@ def stamp(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
-def tags(name: str, created: int, n_parameters: int) -> dict[str, Any]:
-    """Return Ollama's list of models: one."""
+def tags(names: Sequence[str], created: int, n_parameters: int) -> dict[str, Any]:
+    """Return Ollama's list of models."""
     details = {"format": "plumb", "family": "plumb", "parameter_size": f"{n_parameters / 1e6:.1f}M"}
-    one = {
-        "name": f"{name}:latest",
-        "model": f"{name}:latest",
-        "modified_at": stamp(created),
-        "size": n_parameters,
-    }
-    return {"models": [one | {"digest": "", "details": details}]}
+    about = {"modified_at": stamp(created), "size": n_parameters, "digest": "", "details": details}
+    return {"models": [{"name": f"{one}:latest", "model": f"{one}:latest"} | about for one in names]}
 
 
 class TGI(Protocol):
@@ -195,7 +191,8 @@ class Tabby(OpenAI):
         chosen = sampling(number(body, "temperature", 0.1, 0.0, 100.0))
         settings = GenerationConfig(max_new_tokens=min(64, limits.most_tokens), seed=seed_of(body), **chosen)
         suffix = text(own, "suffix") or None
-        return Asked((one_text(own, "prefix"),), settings, suffix, n_new=settings.max_new_tokens)
+        n_new, editor = settings.max_new_tokens, text(body, "user") or ""
+        return Asked((one_text(own, "prefix"),), settings, suffix, n_new=n_new, editor=editor)
 
     def whole(self, answer: Answer, tokenizer: Tokenizer) -> Any:
         """Return the object of the text."""

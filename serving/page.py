@@ -50,13 +50,16 @@ def page_routes(service: Service) -> list[Route]:
 
 
 def facts_of(service: Service) -> dict[str, Any]:
-    """Return what the page says of the models, in the order in which it offers them."""
-    model, settings = service.model, service.settings
-    one = {
-        "id": service.name,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "positions": model.config.block_size,
-        "gaps": known_markers(service.tokenizer) is not None,
-        "scores": service.scores,
-    }
-    return {"models": [one], "most_tokens": settings.most_tokens}
+    """Return what the page says of the model and of each adapter, in the order in which it offers them."""
+    model = service.model
+    of_all = {"parameters": sum(p.numel() for p in model.parameters()), "positions": model.config.block_size}
+    models = [
+        {
+            "id": name,
+            **of_all,
+            "gaps": known_markers(one.tokenizer) is not None,
+            "scores": service.scores.get(name, ""),
+        }
+        for name, one in service.variants.items()
+    ]
+    return {"models": models, "most_tokens": service.settings.most_tokens}

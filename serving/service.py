@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,17 +11,18 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from architecture import Decoder
+from config.console import one_line
 from generation.requests import Request
 from generation.scheduling import EngineLimits, QueueFull
 from generation.text import Completion, TextRequest
+from lora import use_adapters
+from serving.adapters import Adapters, Variant
 from serving.asking import Answer, Asked, Fitted, fit, refuse_gap_without_markers
 from serving.ending import Ending
 from serving.fields import Refused
 from serving.loop import EngineLoop
-from serving.settings import ServeConfig
+from serving.settings import ALIAS, ServeConfig
 from tokenizer import Tokenizer
-
-ALIAS = "plumb"  # A name for whatever is served: settings of editors can be pasted as they are.
 
 
 class Event(NamedTuple):
@@ -32,27 +34,48 @@ class Event(NamedTuple):
 
 
 class Service:
-    """A model and its engine.
+    """A model and its engines.
 
     Args:
         name: The model's name for clients.
-        scores: What is known of how good the model is, in Markdown.
+        adapters: Those on the model, which have names of their own.
+
+    Attributes:
+        variants: What each name stands for.
+        scores: What is known of how good each is, in Markdown.
+
+    Raises:
+        ValueError: The tokenizer is another model's, or an adapter cannot be opened.
     """
 
     def __init__(
-        self, model: Decoder, tokenizer: Tokenizer, name: str, settings: ServeConfig, scores: str = ""
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        name: str,
+        settings: ServeConfig,
+        adapters: Adapters | None = None,
     ):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
                 f"the tokenizer's {tokenizer.vocab_size} words do not fit the model's vocabulary of "
                 f"{model.config.vocab_size}; serve a model with the tokenizer that it was trained with"
             )
-        self.model, self.tokenizer, self.name, self.settings = model.eval(), tokenizer, name, settings
-        self.created, self.scores = int(time.time()), scores
+        self.model, self.name, self.settings, self.adapters = model.eval(), name, settings, adapters
+        self.variants, self.scores = {name: Variant(tokenizer)}, dict[str, str]()
+        if adapters is not None:
+            if name in adapters.folders:
+                raise ValueError(f"model and adapter are both called {name}; give --name, or another name")
+            self.variants |= {own: adapters.read(own) for own in adapters.folders}
+            use_adapters(model, {})
+        self.created = int(time.time())
         limits = EngineLimits(
             settings.most_rows, settings.most_waiting, settings.most_cache, settings.prefix_cache
         )
         self.loop = EngineLoop(self.model, tokenizer.vocab_size, limits, settings.speculate)
+        for own, variant in self.variants.items():
+            if variant.adapter:
+                self.loop.serve(own, variant.tokenizer.vocab_size, variant.adapter)
         # One thread reads prompts: a long one holds up neither the engine nor the answers.
         self.reader = ThreadPoolExecutor(1, "reader")
         self.waiting = 0  # requests that the reader has not read yet
@@ -73,9 +96,43 @@ class Service:
             Refused: There is no such model here.
         """
         asked = name.removesuffix(":latest") if isinstance(name, str) else name
-        if asked in (None, "", self.name, ALIAS):
+        if asked in (None, "", ALIAS):
             return self.name
-        raise Refused(404, f"there is no model of that name here; ask for {self.name} or {ALIAS}", "model")
+        if isinstance(asked, str) and asked in self.variants:
+            return asked
+        known = ", ".join(self.variants)
+        raise Refused(404, f"there is no model of that name here; ask for {known} or {ALIAS}", "model")
+
+    async def read_adapters(self) -> dict[str, str]:
+        """Read all adapters again; returns why, by name, where the one before stays."""
+        found = asyncio.get_running_loop().create_future()
+
+        def work() -> None:
+            failed = self._read_adapters()
+            running.call_soon_threadsafe(lambda: found.cancelled() or found.set_result(failed))
+
+        running = asyncio.get_running_loop()
+        self.loop.between(work)
+        return await found
+
+    def read_adapters_later(self) -> None:
+        """Let the engines' thread read all adapters again, and say what came of it."""
+        self.loop.between(self._read_adapters)
+
+    def _read_adapters(self) -> dict[str, str]:
+        failed = dict[str, str]()
+        for name in self.adapters.folders if self.adapters else ():
+            assert self.adapters is not None
+            try:
+                variant = self.adapters.read(name)
+            except (OSError, ValueError) as error:
+                failed[name] = str(error)
+                print(f"adapter {name} stays as it was: {one_line(str(error))}", file=sys.stderr)
+            else:
+                self.loop.serve(name, variant.tokenizer.vocab_size, variant.adapter)
+                self.variants[name] = variant
+                print(f"adapter {name} was read again", flush=True)
+        return failed
 
     async def begin(self, asked: Asked, model: str, told: Callable[[Event], None]) -> Answer:
         """Read the prompts and give them to the engine.
@@ -107,12 +164,14 @@ class Service:
             self.waiting -= 1
 
     def _begin(self, asked: Asked, model: str, tell: Callable[[Event], None]) -> Answer:
-        asked = replace(asked, suffix=refuse_gap_without_markers(self.tokenizer, asked.suffix))
-        fitted = [fit(self.model, self.tokenizer, asked, prompt) for prompt in asked.prompts]
-        answer = Answer(asked, model, fitted)
+        tokenizer = self.variants[model].tokenizer
+        asked = replace(asked, suffix=refuse_gap_without_markers(tokenizer, asked.suffix))
+        fitted = [fit(self.model, tokenizer, asked, prompt) for prompt in asked.prompts]
+        answer = Answer(asked, model, tokenizer, fitted)
         answer.completions = [None] * (len(fitted) * asked.n)
         requests = [self._request(answer, place, one, tell) for place, one in enumerate(fitted)]
-        answer.handles = self.loop.add(requests, lambda error: tell(Event(-1, None, error)))
+        place = "" if model == self.name else model
+        answer.handles = self.loop.add(requests, lambda error: tell(Event(-1, None, error)), place)
         return answer
 
     def _request(self, answer: Answer, place: int, fitted: Fitted, tell: Callable[[Event], None]) -> Request:
@@ -144,7 +203,7 @@ class Service:
         settings = replace(asked.settings, max_new_tokens=max(fitted.n_new, 1))
         seconds = min(asked.seconds or self.settings.most_seconds, self.settings.most_seconds)
         request = TextRequest(
-            self.tokenizer,
+            answer.tokenizer,
             fitted.prompt,
             settings,
             "" if fitted.is_gap else None,
@@ -157,6 +216,8 @@ class Service:
             read_only=fitted.n_new == 0,
             seconds=seconds,
         ).request
+        # Nobody waits for the answer to a warm-up.
+        request = replace(request, editor=asked.editor or None, interactive=fitted.n_new > 0 or request.echo)
         if not endings:
             return request
         stopped = request.stopped

@@ -9,6 +9,8 @@ from typing import Literal
 from config import option
 from generation.settings import ExaminedConfig
 
+ALIAS = "plumb"  # A name for whatever is served: settings of editors can be pasted as they are.
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServeConfig(ExaminedConfig):
@@ -17,6 +19,7 @@ class ServeConfig(ExaminedConfig):
     Args:
         model: A run folder or checkpoint, a model folder, or a hub id. Not given, it is the newest run in
             `runs/`.
+        adapter: A name for clients and a PEFT folder, as `NAME=FOLDER`; several may be given, on one base.
         name: The model's name for clients; not given, that of its folder. It is called `plumb` too.
         host: The address to listen on. One that other machines reach needs a token.
         port: The port to listen on; 0 is one that is free.
@@ -42,6 +45,7 @@ class ServeConfig(ExaminedConfig):
     """
 
     model: str = option("", also=("run",))
+    adapter: tuple[str, ...] = ()
     name: str = ""
     host: str = "127.0.0.1"
     port: int = 8012
@@ -78,6 +82,20 @@ class ServeConfig(ExaminedConfig):
             )
         if bool(self.tls_cert) != bool(self.tls_key):
             raise ValueError("tls_cert and tls_key belong together; give both, or none")
+
+        for given in self.adapter:
+            name, _, folder = given.partition("=")
+            if not name or not folder or any(c in name for c in "/:") or not name.isprintable():
+                raise ValueError(f"--adapter {given} is not NAME=FOLDER; give it a name without / and :")
+        if len(self.adapters) < len(self.adapter) or {self.name, ALIAS} & self.adapters.keys():
+            raise ValueError(
+                f"two models would have one name; give each --adapter one of its own, not {ALIAS} or --name"
+            )
+
+    @property
+    def adapters(self) -> dict[str, str]:
+        """The folders of the adapters by name."""
+        return {name: folder for name, _, folder in (one.partition("=") for one in self.adapter)}
 
     @property
     def is_local(self) -> bool:

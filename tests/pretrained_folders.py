@@ -20,6 +20,7 @@ from torch import Tensor
 from architecture import Decoder
 from config import ModelConfig
 from pretrained import load_pretrained, save_pretrained
+from tokenizer import STARTS_GAPS, BPETokenizer
 
 transformers.logging.set_verbosity_error()
 
@@ -65,6 +66,14 @@ def change_json(path: Path, **values: Any) -> None:
 def same(a: Decoder, b: Decoder) -> bool:
     x, y = a.state_dict(), b.state_dict()
     return x.keys() == y.keys() and all(torch.equal(x[key], y[key]) for key in x)
+
+
+def tokenizer_with_gaps(texts: list[str], size: int, folder: Path) -> None:
+    """A tokenizer that has tokens for gaps, in a folder of the published kind."""
+    BPETokenizer.train(texts, size).save(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text("utf-8")) | {STARTS_GAPS: True}
+    path.write_text(json.dumps({key: config[key] for key in config if key != "plumb_kind"}), "utf-8")
 
 
 def to_bin(folder: Path, extra: dict[str, Any]) -> None:

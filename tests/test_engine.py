@@ -256,6 +256,24 @@ def test_interactive_requests_come_first_then_the_older():
     assert ended == ["c", "d", "a", "b"]
 
 
+def test_the_newest_request_of_an_editor_begins_first_and_before_nobody_elses():
+    engine = Engine(scrambled(SMALL), limits=EngineLimits(most_rows=1))
+    ended: list[str] = []
+
+    def ask(name: str, editor: str | None, **more: Any) -> None:
+        done = lambda sample, made: ended.append(name)  # noqa: E731
+        engine.add(Request([1, 2], greedy(2), editor=editor, on_done=done, **more))
+
+    ask("running", "a")
+    engine.step()
+    for name, editor in (("a1", "a"), ("b1", "b"), ("none1", None), ("a2", "a"), ("none2", None)):
+        ask(name, editor)
+    ask("late", "a", interactive=False)
+    ask("a3", "a")
+    run(engine)
+    assert ended == ["running", "a3", "b1", "none1", "a2", "none2", "a1", "late"]
+
+
 def test_a_slots_newer_request_replaces_older_ones_but_no_equal_prompt():
     engine = Engine(scrambled(SMALL))
     others = [engine.add(Request([1, 2], greedy(4), slot=slot)) for slot in (None, "other")]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from pretrained_folders import tokenizer_with_gaps
 from test_generate_command import STARCODER
 from tokenizers import Tokenizer as Backend
 
@@ -22,10 +23,9 @@ from generation.settings import GenerationConfig
 from generation.text import generate
 from guards.labels import example_in_row
 from pretrained.save import save_tokenizer
-from recipes.small_base import with_gaps
 from suites.stored import text_of_example
 from tokenization.healing import Prompt
-from tokenizer import STARTS_GAPS, BPETokenizer, PretrainedTokenizer, Tokenizer, load_tokenizer
+from tokenizer import STARTS_GAPS, PretrainedTokenizer, Tokenizer, load_tokenizer
 from training.run import gaps_began_bare
 
 transformers.logging.set_verbosity_error()
@@ -35,7 +35,7 @@ transformers.logging.set_verbosity_error()
 def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tokenizer as our small bases have it."""
     folder = tmp_path_factory.mktemp("tokenizer") / "gaps"
-    with_gaps(BPETokenizer.train(["def f(x):\n    return x\n"] * 9, 290), folder)
+    tokenizer_with_gaps(["def f(x):\n    return x\n"] * 9, 290, folder)
     return folder
 
 

@@ -22,7 +22,6 @@ from test_finetune import base_in, config_in, other
 import export as command
 from data.sourcefiles import CORPUS
 from serving.scores import known_scores
-from serving.settings import ServeConfig
 from training.begin import train
 from training.export import export
 from training.export_config import ExportConfig
@@ -132,18 +131,17 @@ def test_a_server_tells_of_scores_what_the_card_does(run: TrainedRun, tmp_path: 
     """Of the run itself, of the folder that it was exported to, and of one that nobody wrote a card for."""
     written(run, "eval.json", evaluation(run))
     written(run, "overrides.json", {"future-visible": "a prediction depends on a later token"})
-    told = known_scores(ServeConfig(model=str(run.folder)), run)
+    told = known_scores(str(run.folder), run)
     assert "| 1.2500 [1.0000, 1.5000] |" in told and "- future-visible: " in told
     assert all(line in card(run) for line in told.splitlines()) and "Data" not in told
     export(ExportConfig(str(tmp_path / "out"), str(run.folder)))
-    settings = ServeConfig(model="base", adapter=str(tmp_path / "out"), held="nf4")
-    assert known_scores(settings, None).strip() == told.strip()
+    assert known_scores(str(tmp_path / "out")).strip() == told.strip()
     (tmp_path / "out" / "README.md").rename(tmp_path / "README.md")
-    assert known_scores(settings, None).startswith("No scores of this model are known here")
-    held = known_scores(ServeConfig(model=str(tmp_path), held="int8"), None)
+    assert known_scores(str(tmp_path / "out")).startswith("No scores of this model are known here")
+    held = known_scores(str(tmp_path), None, "int8")
     assert held.startswith("The scores are of weights in their own format; here they are held in int8.")
     (tmp_path / "README.md").write_bytes(b"\xff## Scores\n")
-    assert known_scores(ServeConfig(model=str(tmp_path)), None).startswith("No scores")
+    assert known_scores(str(tmp_path)).startswith("No scores")
 
 
 def test_faults_that_were_allowed_are_told(run: TrainedRun) -> None:

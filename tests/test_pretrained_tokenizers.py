@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from generation.settings import GenerationConfig
 from generation.text import generate
 from pretrained import FAMILIES, load_pretrained, save_pretrained
 from pretrained.family import to_model
-from tokenizer import BPETokenizer, CodeTokenizer, PretrainedTokenizer, load_tokenizer
+from tokenizer import GAPS, BPETokenizer, CodeTokenizer, PretrainedTokenizer, load_tokenizer
 
 transformers.logging.set_verbosity_error()
 
@@ -193,11 +194,14 @@ def test_that_module_decodes_any_ids_and_saves_what_it_opened(both, tmp_path):
     ours, theirs = both
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
-        ids = torch.randint(3, ours.vocab_size, (20,), generator=generator).tolist()
+        ids = torch.randint(3, ours.vocab_size - len(GAPS), (20,), generator=generator).tolist()
         assert theirs.decode(ids) == ours.decode(ids)
         ids = [id for id in ids if id > 258]  # Bytes on both sides of a special token may be one character.
-        ids = [*ids[:9], 2, *ids[9:]]
-        assert theirs.decode(ids).replace("<|eos|>", "") == ours.decode(ids)
+        for token in ("<|eos|>", *GAPS):
+            ids = [*ids[:9], theirs.convert_tokens_to_ids(token), *ids[9:]]
+            assert token in theirs.decode(ids)
+            assert re.sub(r"<\|eos\|>|<fim_\w+>", "", theirs.decode(ids)) == ours.decode(ids)
+    assert theirs.convert_tokens_to_ids(list(GAPS)) == [ours.token_id(token) for token in GAPS]
     assert len(theirs.get_vocab()) == theirs.vocab_size == len(theirs) == ours.vocab_size
     assert theirs(["a b", "c"], padding=True)["attention_mask"] == [[1, 1, 1], [1, 1, 0]]
     theirs.save_pretrained(tmp_path / "again")

@@ -21,6 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pretrained_folders import tokenizer_with_gaps
 
 import dataset
 import tokenization.healing
@@ -31,7 +32,6 @@ from guards.reference import rows as rows_guard
 from guards.reference import text as text_guard
 from guards.reference.comparison import Comparison, Differs
 from guards.subject import GuardSubject
-from recipes.small_base import with_gaps
 from reference.library import ByteLevelTokens
 from reference.stored import Stored
 from reference.tokens import read_tokenizer
@@ -128,7 +128,7 @@ def write_sources(folder: Path) -> None:
     (folder / "commented").mkdir()
     for i, text in enumerate([*commented, "def broken(:\n"]):
         (folder / "commented" / f"{i}.py").write_text(text)
-    with_gaps(BPETokenizer.train(texts, 330), folder / "markers")
+    tokenizer_with_gaps(texts, 330, folder / "markers")
     CodeTokenizer.train(texts, 400, 2).save(folder / "code")
 
 

@@ -6,6 +6,8 @@ import os
 import re
 import runpy
 import signal
+import ssl
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,41 @@ def test_what_is_refused_is_one_sentence(words: list[str], sentence: str, tmp_pa
     )
     assert done.returncode == 2 and done.stderr.startswith(f"error: {sentence}"), done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_https_with_a_certificate_on_an_open_address(folder: Path, tmp_path: Path) -> None:
+    """With a token and a certificate any address is served without a warning."""
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    words = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    subprocess.run([*words, "-keyout", str(key), "-out", str(cert), *names], check=True, capture_output=True)
+
+    def work() -> None:
+        os.environ["PLUMB_TOKEN"] = "s3cret"
+        files = ["--tls_cert", str(cert), "--tls_key", str(key), "--cache", str(tmp_path / "cache")]
+        model = ["--model", str(folder), "--host", "0.0.0.0", "--port", "0"]
+        sys.argv = [str(REPOSITORY / "serve.py"), *model, *files]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+    out = tmp_path / "out"
+    out.touch()
+    child = forked(work, out)
+    try:
+        until(lambda: "listening" in out.read_text(), 60)
+        (port,) = re.findall(r"listening at https://0\.0\.0\.0:(\d+);", out.read_text())
+        url = f"https://127.0.0.1:{port}/v1/completions"
+        trusted = ssl.create_default_context(cafile=str(cert))
+        asked = {"prompt": "def ", "max_tokens": 2}
+        right = {"Authorization": "Bearer s3cret"}
+        assert httpx.post(url, json=asked, verify=trusted, timeout=30).status_code == 401
+        found = httpx.post(url, json=asked, verify=trusted, headers=right, timeout=30)
+        assert found.status_code == 200 and found.json()["usage"]["completion_tokens"] >= 1
+        with pytest.raises(httpx.ConnectError):
+            httpx.post(url, json=asked, headers=right, timeout=30)
+    finally:
+        os.kill(child, signal.SIGTERM)
+    assert exit_code(child) == 0
+    assert "warning" not in out.read_text() and "s3cret" not in out.read_text()
 
 
 def test_tokens_come_from_a_file_of_ones_own_or_the_environment(tmp_path: Path) -> None:

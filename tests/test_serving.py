@@ -58,10 +58,11 @@ class Running(NamedTuple):
 
 @contextlib.contextmanager
 def running(
-    settings: ServeConfig = SETTINGS, token: str = "", scores: str = "", model: Decoder | None = None
+    settings: ServeConfig = SETTINGS, token: str = "", service: Service | None = None, scores: str = ""
 ) -> Iterator[Running]:
-    """A server of the small model, or of another, on a free port; closed as a signal closes it."""
-    service = Service(model or scrambled(CONFIG), STARCODER, "tiny", settings, scores)
+    """A server on a free port, by default of the small model; closed as a signal closes it."""
+    service = service or Service(scrambled(CONFIG), STARCODER, "tiny", settings)
+    service.scores[service.name] = scores
     listener = listen(settings)
     server = make_server(service, Gate(token, [settings.host]), settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

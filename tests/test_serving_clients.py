@@ -18,12 +18,13 @@ import pytest
 import torch
 from decoders import scrambled
 from test_generate_command import STARCODER
-from test_serving import CONFIG, PROMPT, SUFFIX, Running, running, until
+from test_serving import CONFIG, PROMPT, SETTINGS, SUFFIX, Running, running, until
 
 from architecture import Decoder
 from generation.settings import GenerationConfig
 from generation.text import generate
 from serving.asking import Asked
+from serving.service import Service
 
 CLIENTS = Path(os.environ.get("PLUMB_CLIENTS", "/nowhere")).resolve()
 pytestmark = pytest.mark.slow
@@ -50,7 +51,7 @@ def plain() -> Decoder:
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Running]:
-    with torch.no_grad(), running(model=plain()) as found:
+    with torch.no_grad(), running(service=Service(plain(), STARCODER, "tiny", SETTINGS)) as found:
         yield found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,7 +14,7 @@ import httpx
 import pytest
 from decoders import scrambled
 from test_generate_command import STARCODER
-from test_serving import CONFIG, PROMPT, SETTINGS, SUFFIX, Running, post, running, written
+from test_serving import CONFIG, PROMPT, SETTINGS, SUFFIX, Running, post, running, until, written
 
 from architecture import Decoder
 from data.context import commented
@@ -189,6 +190,87 @@ def test_a_mistake_has_the_protocols_own_body(
     assert answered.status_code == status and answered.content == compact(found)
     error = found["error"] if path in ("/completion", "/infill") else found
     assert set(error) == ERRORS[path]
+
+
+ASKING = {
+    "/v1/completions": {"prompt": "a"},
+    "/completion": {"prompt": "a"},
+    "/infill": {"input_prefix": "a"},
+    "/v1/fim/completions": {"prompt": "a"},
+    "/api/generate": {"prompt": "a"},
+    "/generate": {"inputs": "a"},
+}
+
+
+@pytest.mark.parametrize("path", ASKING)
+def test_a_full_queue_is_429_in_each_protocol(
+    served: Running, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert post(served, ASKING[path], path).status_code == 200
+    monkeypatch.setattr(served.service, "waiting", SETTINGS.most_waiting)
+    answered = post(served, ASKING[path], path)
+    assert answered.status_code == 429 and answered.headers["retry-after"] == "1"
+    assert "8 requests wait, as many as may; send it again later" in answered.text
+
+
+class Held:
+    """A server with one place whose engine waits, while requests come."""
+
+    def __init__(self, served: Running):
+        self.served, self.engine = served, served.service.loop.engine
+        self.going, self.ended, self.threads = threading.Event(), list[str](), list[threading.Thread]()
+        step = self.engine.step
+        self.engine.step = lambda: self.going.wait(20) and step()  # type: ignore
+
+    def ask(self, name: str, path: str, body: dict[str, Any]) -> None:
+        """Send a request, which waits."""
+        before = self.served.service.loop.waiting
+
+        def send() -> None:
+            assert post(self.served, body, path).status_code == 200
+            self.ended.append(name)
+
+        self.threads.append(threading.Thread(target=send))
+        self.threads[-1].start()
+        until(lambda: self.served.service.loop.waiting > before)
+
+    def go(self) -> list[str]:
+        """Let the engine go on; returns the requests in the order of their answers."""
+        self.going.set()
+        for thread in self.threads:
+            thread.join(20)
+        return self.ended
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("/v1/completions", ({"user": "a"}, {"user": "b"})),
+        ("/completion", ({"id_slot": 0}, {"id_slot": 1})),
+        ("/infill", ({"id_slot": 0}, {})),
+    ],
+)
+def test_the_newest_request_of_an_editor_is_answered_first(
+    path: str, names: tuple[dict[str, Any], dict[str, Any]]
+) -> None:
+    with running(replace(SETTINGS, most_rows=1, most_choices=1)) as served:
+        held = Held(served)
+        body = ASKING[path] | {"max_tokens": 50, "n_predict": 50, "temperature": 0}
+        for name, who in (("old", names[0]), ("other", names[1]), ("new", names[0])):
+            held.ask(name, path, body | who)
+        editors = {handle.request.editor for handle in held.engine.queue.waiting} - {None}
+        assert all(str(editor).startswith("127.0.0.1 ") for editor in editors) and editors
+        assert held.go() == ["new", "other", "old"]
+
+
+def test_a_warm_up_comes_after_what_somebody_waits_for() -> None:
+    with running(replace(SETTINGS, most_rows=1, most_choices=1)) as served:
+        held = Held(served)
+        held.ask("warm-up", "/infill", {"input_prefix": "a", "n_predict": 0})
+        held.ask("text", "/completion", {"prompt": "a", "n_predict": 5})
+        scored = {"prompt": "a", "max_tokens": 0, "echo": True, "logprobs": 1}
+        held.ask("scores", "/v1/completions", scored)
+        assert held.go() == ["text", "scores", "warm-up"]
 
 
 def test_metrics_count_requests_and_tokens(served: Running) -> None:

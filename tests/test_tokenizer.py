@@ -25,6 +25,7 @@ from tokenizers import Tokenizer as Backend
 import tokenization.code_pieces
 from config.files import REPOSITORY
 from tokenizer import (
+    GAPS,
     BPETokenizer,
     CodeTokenizer,
     PretrainedTokenizer,
@@ -240,7 +241,7 @@ class TestCodePieces:
         # What the last choice of pieces leaves idle goes, and nothing takes its place: one row with some
         # versions of the library, whose texts these are, and none with others.
         assert 0.99 * 1500 <= code.vocab_size <= 1500
-        for size in (266, 270, 300):
+        for size in (269, 273, 300):
             small = CodeTokenizer.train([SMALL] * 20, size)
             assert small.vocab_size <= size
             check_exact(small, SMALL)
@@ -264,7 +265,7 @@ class TestCodePieces:
         large = CodeTokenizer.train(corpus(), 8192, min_count=10)
         used = Counter(id for text in corpus() for id in large.encode(text))
         pieces = large.heads + large.tails + large.plain
-        first = large.vocab_size - len(pieces)
+        first = large.vocab_size - len(GAPS) - len(pieces)
         idle = [piece for id, piece in enumerate(pieces, first) if len(piece) > 1 and used[id] <= 10]
         assert len(pieces) > 1000
         assert len(idle) < 0.01 * len(pieces), idle
@@ -300,9 +301,9 @@ class TestCodePieces:
             assert small.encode(text[:2000]) == fresh.encode(text[:2000])
         assert max(map(len, (small._unit_ids, small._word_ids, small._plain_ids))) <= 7
 
-    @pytest.mark.parametrize("vocab_size", [0, 265])
+    @pytest.mark.parametrize("vocab_size", [0, 268])
     def test_vocabulary_too_small(self, vocab_size: int) -> None:
-        with pytest.raises(ValueError, match=rf"{vocab_size}.*266"):
+        with pytest.raises(ValueError, match=rf"{vocab_size}.*269"):
             CodeTokenizer.train([SMALL], vocab_size)
 
     def test_nothing_to_train_on(self) -> None:
@@ -365,8 +366,46 @@ class TestBPE:
         assert bpe.decode([1, *bpe.encode("a b"), 2, 0]) == "a b"
 
     def test_vocabulary_too_small(self) -> None:
-        with pytest.raises(ValueError, match=r"100.*259"):
+        with pytest.raises(ValueError, match=r"100.*262"):
             BPETokenizer.train([SMALL], 100)
+
+
+class TestGaps:
+    @pytest.mark.parametrize("which", ["code", "tiny", "bpe"])
+    def test_new_tokenizers_have_tokens_for_gaps_that_no_text_spells(
+        self, which: str, request: pytest.FixtureRequest
+    ) -> None:
+        tokenizer: Tokenizer = request.getfixturevalue(which)
+        ids = [tokenizer.token_id(token) for token in GAPS]
+        assert None not in ids and len({*ids}) == 3 and max(filter(None, ids)) < tokenizer.vocab_size
+        text = "x = ".join(GAPS) + " foo"
+        assert not {*ids} & {*tokenizer.encode(text)}
+        check_exact(tokenizer, text)
+        gap = [id for id in ids if id is not None]
+        foo = tokenizer.encode("foo")
+        assert tokenizer.decode([*foo, *gap, *foo, *gap]) == "foofoo"
+        assert tokenizer.bytes_of(foo) == b"foo" and tokenizer.bytes_of([*foo, gap[0]]) is None
+        texts = tokenizer.token_texts(tokenizer.state_after([*foo, gap[2]]))
+        assert texts is not None and {texts[id] for id in gap} == {None}
+
+    def test_an_older_code_tokenizer_stays_what_it_was(self, code: CodeTokenizer, tmp_path: Path) -> None:
+        older = CodeTokenizer(code.heads, code.tails, code.plain)
+        older.save(tmp_path)
+        assert '"gaps"' not in (tmp_path / "code_tokenizer.json").read_text("utf-8")
+        found = load_tokenizer(tmp_path)
+        assert found.fingerprint == older.fingerprint != code.fingerprint
+        assert found.token_id(GAPS[0]) is None and found.vocab_size == code.vocab_size - len(GAPS)
+        with pytest.raises(ValueError, match="outside this tokenizer's vocabulary"):
+            found.decode([code.vocab_size - 1])
+
+    def test_the_order_of_gaps_is_saved(self, bpe: BPETokenizer, tmp_path: Path) -> None:
+        other = copy.copy(bpe)
+        other.suffix_first = True
+        other.save(tmp_path)
+        found = load_tokenizer(tmp_path)
+        assert found.suffix_first and pickle.loads(pickle.dumps(found)).suffix_first
+        bpe.save(tmp_path)
+        assert not load_tokenizer(tmp_path).suffix_first
 
 
 class TestSaveLoad:

@@ -12,13 +12,14 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tokenization.base import Tokenizer, check_training, content_hash
-from tokenization.code_pieces import BOS, EOS, PAD, SPECIALS
+from tokenization.code_pieces import BOS, EOS, GAPS, PAD, SPECIALS
 from tokenization.files import read_file, read_json, write_file
 from tokenization.growth import refuse_steep
 from tokenization.library import (
     CONFIG_FILE,
     HEALS,
     KIND_KEY,
+    SUFFIX_FIRST,
     TOKENIZER_FILE,
     bytes_by_id,
     encode_batch,
@@ -50,6 +51,7 @@ class BPETokenizer(Tokenizer):
         backend.no_padding()
         backend.encode_special_tokens = True
         self.pad_id, self.bos_id, self.eos_id = PAD, BOS, EOS
+        self._silent = frozenset(backend.get_added_tokens_decoder())
         vocabulary = backend.get_vocab()
         refuse_long_pieces(vocabulary, "the tokenizer")
         self.vocab_size = max(vocabulary.values()) + 1
@@ -61,7 +63,10 @@ class BPETokenizer(Tokenizer):
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._json,), {"heals": self.heals}
+        return type(self), (self._json,), {"heals": self.heals, "suffix_first": self.suffix_first}
+
+    def token_id(self, token: str) -> int | None:
+        return self._tokenizer.token_to_id(token)
 
     def rules(self) -> dict[str, Any]:
         return json.loads(self._tokenizer.to_str())
@@ -88,15 +93,15 @@ class BPETokenizer(Tokenizer):
         return self._bytes
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._tokenizer.decode(
-            [id for id in self._checked(ids) if id > EOS], skip_special_tokens=False
-        )
+        kept = [id for id in self._checked(ids) if id not in self._silent]
+        return self._tokenizer.decode(kept, skip_special_tokens=False)
 
     def _save(self, folder: Path) -> None:
         pad, bos, eos = SPECIALS
         config = {KIND_KEY: self.kind, "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": pad}
         config |= {"bos_token": bos, "eos_token": eos, "clean_up_tokenization_spaces": False}
         config |= {} if self.heals else {HEALS: False}
+        config |= {SUFFIX_FIRST: True} if self.suffix_first else {}
         # tokenizer.json comes last: a folder without it is refused, one without the mark would be misread.
         write_file(Path(folder) / CONFIG_FILE, json.dumps(config, indent=2) + "\n")
         write_file(Path(folder) / TOKENIZER_FILE, self._json + "\n")
@@ -109,8 +114,10 @@ class BPETokenizer(Tokenizer):
             tokenizer = cls(text)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        config = Path(folder) / CONFIG_FILE
-        tokenizer.heals = not config.exists() or read_json(config).get(HEALS) is not False
+        path = Path(folder) / CONFIG_FILE
+        config = read_json(path) if path.exists() else {}
+        tokenizer.heals = config.get(HEALS) is not False
+        tokenizer.suffix_first = config.get(SUFFIX_FIRST) is True
         return tokenizer
 
     @classmethod
@@ -120,7 +127,8 @@ class BPETokenizer(Tokenizer):
         Raises:
             ValueError: `vocab_size` leaves no room, or a text holds a lone surrogate.
         """
-        check_training(texts, vocab_size, len(SPECIALS) + 256, "special tokens and bytes")
+        specials = [*SPECIALS, *GAPS]
+        check_training(texts, vocab_size, len(specials) + 256, "special tokens and bytes")
         if min_count < 0:
             raise ValueError(f"min_count {min_count} is below 0")
         backend = tokenizers.Tokenizer(models.BPE())
@@ -129,7 +137,7 @@ class BPETokenizer(Tokenizer):
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=min_count + 1,
-            special_tokens=list(SPECIALS),
+            special_tokens=specials,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )

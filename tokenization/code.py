@@ -50,6 +50,7 @@ from tokenization.code_pieces import (
     DIGITS,
     EOS,
     FIRST_PIECE,
+    GAPS,
     JCAP,
     JLOW,
     JOIN,
@@ -84,8 +85,9 @@ class CodeTokenizer(CodePieces, Tokenizer):
         heads: Pieces that start a word or number, letters written in their usual case.
         tails: Pieces that continue one, lower case.
         plain: Pieces of everything else: punctuation, line breaks, spaces, non-ASCII text.
+        gaps: Whether there are tokens for gaps, GAPS; older tokenizers have none.
 
-    Ids are: 3 specials, 256 bytes, 7 markers, heads, tails, plain.
+    Ids are: 3 specials, 256 bytes, 7 markers, heads, tails, plain, 3 for gaps.
 
     Raises:
         ValueError: A piece is empty, too long, given twice, or not of its list's kind.
@@ -94,13 +96,19 @@ class CodeTokenizer(CodePieces, Tokenizer):
     kind = "code"
     markers = (LOW, CAP, UP, JLOW, JCAP, JUP)
 
-    def __init__(self, heads: Iterable[str], tails: Iterable[str], plain: Iterable[str]) -> None:
-        super().__init__(heads, tails, plain)
+    def __init__(
+        self, heads: Iterable[str], tails: Iterable[str], plain: Iterable[str], gaps: bool = False
+    ) -> None:
+        super().__init__(heads, tails, plain, gaps)
         self.pad_id, self.bos_id, self.eos_id = PAD, BOS, EOS
-        self.fingerprint = content_hash(self.kind, [CODE_VERSION, self.heads, self.tails, self.plain])
+        content = [CODE_VERSION, self.heads, self.tails, self.plain]
+        self.fingerprint = content_hash(self.kind, [*content, self.gaps] if gaps else content)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.heads, self.tails, self.plain), {"heals": self.heals}
+        return type(self), (self.heads, self.tails, self.plain, bool(self.gaps)), {"heals": self.heals}
+
+    def token_id(self, token: str) -> int | None:
+        return self._first_gap + self.gaps.index(token) if token in self.gaps else None
 
     def _step(self, state: CodeState, id: int) -> tuple[bytes, CodeState]:
         (id,) = self._checked([id])
@@ -109,7 +117,8 @@ class CodeTokenizer(CodePieces, Tokenizer):
     def bytes_of(self, ids: Iterable[int]) -> bytes | None:
         ids, parts = list(ids), []
         self._walk(ids, parts)
-        return None if min(ids, default=BYTE) < BYTE else b"".join(parts)
+        is_text = all(BYTE <= id < self._first_gap for id in ids)
+        return b"".join(parts) if is_text else None
 
     def state_after(self, ids: Sequence[int]) -> Hashable:
         """Return (kind of the character before, case, marker, capitals), which `token_texts` takes."""
@@ -142,6 +151,7 @@ class CodeTokenizer(CodePieces, Tokenizer):
         """Name each id for a reader: `JUP`, `http` as it is stored, ` = `, `(`, `<0xE2>`, `<|eos|>`."""
         names = [*SPECIALS, *map(chr, range(128)), *(f"<0x{byte:02X}>" for byte in range(128, 256))]
         names += ["LOW", "CAP", "UP", "JLOW", "JCAP", "JUP", "SNAKE", *self.heads, *self.tails, *self.plain]
+        names += self.gaps
         return [names[id] for id in self._checked(ids)]
 
     def _save(self, folder: Path) -> None:
@@ -152,6 +162,8 @@ class CodeTokenizer(CodePieces, Tokenizer):
             "tails": self.tails,
             "plain": self.plain,
         }
+        if self.gaps:
+            content["gaps"] = True
         if not self.heals:
             content["heals"] = False
         # Pieces hold no lone surrogates: UTF-8 cannot write them, and two of them as \u escapes would come
@@ -164,6 +176,7 @@ class CodeTokenizer(CodePieces, Tokenizer):
         content = read_json(path)
         expected = {"format", "version", "heads", "tails", "plain"}
         heals = content.pop("heals", True) is not False
+        gaps = content.pop("gaps", False) is True
         if set(content) != expected or content["format"] != CODE_FORMAT:
             raise ValueError(f"{path} is not a {CODE_FORMAT}: its keys are {sorted(content)[:9]}")
         if content["version"] != CODE_VERSION:
@@ -173,7 +186,7 @@ class CodeTokenizer(CodePieces, Tokenizer):
             if not isinstance(pieces, list) or not all(isinstance(piece, str) for piece in pieces):
                 raise ValueError(f"{path} must hold three lists of strings: heads, tails, plain")
         try:
-            tokenizer = cls(*lists)
+            tokenizer = cls(*lists, gaps=gaps)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         tokenizer.heals = heals
@@ -185,7 +198,7 @@ class CodeTokenizer(CodePieces, Tokenizer):
 
         Args:
             texts: The corpus; it is read once.
-            vocab_size: Most ids the tokenizer may have, specials, bytes and markers included. It has fewer
+            vocab_size: Most ids the tokenizer may have, all but the pieces included. It has fewer
                 where the corpus has too few frequent pieces, and where the last choice of pieces leaves
                 some of them idle.
             min_count: A piece is taken only if it occurs more than this many times in `texts`.
@@ -193,7 +206,8 @@ class CodeTokenizer(CodePieces, Tokenizer):
         Raises:
             ValueError: `vocab_size` leaves no room, `min_count` is negative, or there is no text.
         """
-        check_training(texts, vocab_size, FIRST_PIECE, "special tokens, bytes and markers")
+        least = FIRST_PIECE + len(GAPS)
+        check_training(texts, vocab_size, least, "special tokens, bytes and markers")
         if min_count < 0:
             raise ValueError(f"min_count {min_count} is below 0")
         units: Counter[str] = Counter()
@@ -217,7 +231,7 @@ class CodeTokenizer(CodePieces, Tokenizer):
                     joined_digits = expected == JOINED and word[0] in DIGITS
                     symbols[(TAIL if joined_digits else HEAD) + word.lower()] += count
 
-        room = vocab_size - FIRST_PIECE
+        room = vocab_size - least
         single, merged = learn_pieces(symbols, room, min_count)
         usual: dict[str, int] = {}
         used: Counter[str] = Counter()
@@ -234,7 +248,8 @@ class CodeTokenizer(CodePieces, Tokenizer):
     @classmethod
     def _of(cls, symbols: list[str], usual: dict[str, int]) -> CodeTokenizer:
         kinds = {kind: [piece[1:] for piece in symbols if piece[0] == kind] for kind in (HEAD, TAIL, PLAIN)}
-        return cls([in_case(head, usual.get(head, LOW)) for head in kinds[HEAD]], kinds[TAIL], kinds[PLAIN])
+        heads = [in_case(head, usual.get(head, LOW)) for head in kinds[HEAD]]
+        return cls(heads, kinds[TAIL], kinds[PLAIN], gaps=True)
 
     def _count(
         self, words: Counter[tuple[int, str]], chunks: Counter[str]

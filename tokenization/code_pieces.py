@@ -18,6 +18,7 @@ MAX_PIECE = 24  # characters of a piece
 
 SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>")
 PAD, BOS, EOS = range(len(SPECIALS))
+GAPS = ("<fim_prefix>", "<fim_suffix>", "<fim_middle>")  # the tokens around the texts of a gap (data/fim.py)
 BYTE = len(SPECIALS)  # id of byte 0
 LOW, CAP, UP, JLOW, JCAP, JUP, SNAKE = range(BYTE + 256, BYTE + 263)
 FIRST_PIECE = SNAKE + 1
@@ -119,14 +120,17 @@ class CodePieces:
         heads: Pieces that start a word or number, letters written in their usual case.
         tails: Pieces that continue one, lower case.
         plain: Pieces of everything else: punctuation, line breaks, spaces, non-ASCII text.
+        gaps: Whether there are tokens for gaps, GAPS; older tokenizers have none.
 
-    Ids are: 3 specials, 256 bytes, 7 markers, heads, tails, plain.
+    Ids are: 3 specials, 256 bytes, 7 markers, heads, tails, plain, 3 for gaps.
 
     Raises:
         ValueError: A piece is empty, too long, given twice, or not of its list's kind.
     """
 
-    def __init__(self, heads: Iterable[str], tails: Iterable[str], plain: Iterable[str]) -> None:
+    def __init__(
+        self, heads: Iterable[str], tails: Iterable[str], plain: Iterable[str], gaps: bool = False
+    ) -> None:
         self.heads, self.tails, self.plain = tuple(heads), tuple(tails), tuple(plain)
         _check_pieces("heads", self.heads, _is_head)
         _check_pieces("tails", self.tails, _is_tail)
@@ -134,7 +138,9 @@ class CodePieces:
         _check_pieces("heads, in lower case,", [head.lower() for head in self.heads], bool)
         self._first_tail = FIRST_PIECE + len(self.heads)
         self._first_plain = self._first_tail + len(self.tails)
-        self.vocab_size = self._first_plain + len(self.plain)
+        self._first_gap = self._first_plain + len(self.plain)
+        self.gaps = GAPS if gaps else ()
+        self.vocab_size = self._first_gap + len(self.gaps)
 
         self._head_trie = _trie((head.lower() for head in self.heads), FIRST_PIECE)
         self._tail_trie = _trie(self.tails, self._first_tail)
@@ -157,7 +163,7 @@ class CodePieces:
         names = [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256))]
         names += [f"<{marker}>" for marker in ("LOW", "CAP", "UP", "JLOW", "JCAP", "JUP", "SNAKE")]
         kinds = ("^", self.heads), ("-", self.tails), ("=", self.plain)
-        return names + [kind + piece for kind, pieces in kinds for piece in pieces]
+        return [*names, *(kind + piece for kind, pieces in kinds for piece in pieces), *self.gaps]
 
     def encode(self, text: str) -> list[int]:
         return list(chain.from_iterable(map(self._unit_ids.__getitem__, UNIT.findall(text))))
@@ -218,6 +224,8 @@ class CodePieces:
     def _step(self, state: CodeState, id: int) -> tuple[bytes, CodeState]:
         """Return the bytes that an id adds in a state, and the state after it."""
         kind, case, marker, capitals = state.key
+        if id < BYTE or id >= self._first_gap:
+            return b"", self._state("", case)  # Across a special token no space is implied.
         if id >= FIRST_PIECE:
             space = b""
             if id < self._first_tail:
@@ -233,9 +241,7 @@ class CodePieces:
             return b"_", self._state("", case, capitals=kind == "A")
         if id >= LOW:
             return b"", self._state(kind, case, id, capitals)
-        if id >= BYTE:
-            return bytes((id - BYTE,)), self._state(_kind_of(id - BYTE), case)
-        return b"", self._state("", case)  # Across a special token no space is implied.
+        return bytes((id - BYTE,)), self._state(_kind_of(id - BYTE), case)
 
 
 def _is_head(piece: str) -> bool:

@@ -35,9 +35,11 @@ class PlumbCodeTokenizer(PreTrainedTokenizer):
         if content["format"] != CODE_FORMAT or content["version"] != CODE_VERSION:
             raise ValueError(f"{vocab_file} is no {CODE_FORMAT} of version {CODE_VERSION}")
         self.vocab_file = vocab_file
-        self.pieces = CodePieces(content["heads"], content["tails"], content["plain"])
+        lists = content["heads"], content["tails"], content["plain"]
+        self.pieces = CodePieces(*lists, content.get("gaps", False))
         self.names = self.pieces.names()
         self.ids = {name: id for id, name in enumerate(self.names)}
+        self.shown = {self.ids[name]: name for name in (*SPECIALS, *self.pieces.gaps)}
         pad, bos, eos = SPECIALS
         super().__init__(**({"pad_token": pad, "bos_token": bos, "eos_token": eos} | more))
 
@@ -62,9 +64,8 @@ class PlumbCodeTokenizer(PreTrainedTokenizer):
         ids = [self.ids[token] for token in tokens]
         parts: list[bytes] = []
         self.pieces._walk(ids, parts)
-        shown = [
-            SPECIALS[id].encode() if id < len(SPECIALS) else part for id, part in zip(ids, parts, strict=True)
-        ]
+        named = self.shown
+        shown = [named[id].encode() if id in named else part for id, part in zip(ids, parts, strict=True)]
         return decode_utf8(b"".join(shown))
 
     def build_inputs_with_special_tokens(
@@ -79,7 +80,7 @@ class PlumbCodeTokenizer(PreTrainedTokenizer):
         already_has_special_tokens: bool = False,
     ) -> list[int]:
         if already_has_special_tokens:
-            return [int(id < len(SPECIALS)) for id in token_ids_0]
+            return [int(id in self.shown) for id in token_ids_0]
         return [1] + [0] * (len(token_ids_0) + len(token_ids_1 or []))
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:

@@ -25,9 +25,10 @@ from lora import trainable_table
 from modules.precision import Precision, keep_freed_memory, release_freed_memory
 from modules.quantized_linear import n_weights
 from pretrained import Pretrained
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 from training.announcements import checked_groups, say_data, say_groups
 from training.beforehand import refuse_mistakes
+from training.checkpoint import read_run_file
 from training.loop import UNOBSERVED, Observer, TrainingManager
 from training.random_state import seed_everything
 from training.run import gaps_began_bare, open_base, starting_model, starting_tokenizer, with_base_config
@@ -113,7 +114,11 @@ def with_tokenizer(
     shape_is_known = base is None and config.model.vocab_size > 0
     if resumes and shape_is_known:  # Before the corpus is read, of which a tokenizer may have to be made.
         refuse_changes(folder, replace(config, model=config.model.resolved()))
-    if base is None:
+    own = folder / "tokenizer"
+    if base is None and resumes and config.tokenizer.path is None and own.is_dir():
+        # Another version of Plumb trained it, perhaps, and would train another one today.
+        tokenizer = read_run_file(own, lambda at: load_tokenizer(at, as_saved=True))
+    elif base is None:
         tokenizer = prepare_tokenizer(documents, config.tokenizer)
     else:
         row_is_unset = not config.train.row_length

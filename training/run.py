@@ -14,7 +14,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
@@ -178,7 +178,7 @@ def starting_tokenizer(config: Config, base: Pretrained) -> Tokenizer:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save(Path(folder))
             tokenizer = PretrainedTokenizer.load(Path(folder))
-        tokenizer.bare_gaps = False  # It had no markers, so that no gap was trained with it.
+        tokenizer.bare_gaps = False  # No gap was trained without the start: older ones have no markers.
     if not isinstance(tokenizer, PretrainedTokenizer):
         raise ValueError(
             f"lora.new_tokens cannot be added to a `{tokenizer.kind}` tokenizer; leave them out, or name a "
@@ -417,32 +417,65 @@ def open_adapted(
         ValueError: One of the two cannot be opened, or the adapter was trained on another base, or on one
             that was stored in another format.
     """
-    path, known = Path(adapter) / BASE_FILE, {}
-    if path.exists():
-        known = read_run_file(path, _base_file)
-    weight_format = known.get("base_format", "fp32") if base_format == "auto" else base_format
-    if weight_format != known.get("base_format", weight_format):
-        raise ValueError(
-            f"{adapter} was trained on a base stored as {known['base_format']}, not as {weight_format}; on "
-            "other weights it means something else: leave --base_format out"
-        )
-    named, revision = adapter_base(adapter)
-    base = base_stored_as(weight_format, source, torch.float32, device, revision if named == source else None)
+    return with_adapter(open_base_of([adapter], source, base_format, device), source, adapter)
+
+
+def open_base_of(
+    adapters: Sequence[str | Path], source: str, base_format: str, device: torch.device | str
+) -> Pretrained:
+    """Open the base of adapters, which all of them share, as `open_adapted` does.
+
+    Raises:
+        ValueError: It cannot be opened, or one of them was trained on another format than the others.
+    """
+    known = [_known_base(adapter).get("base_format") for adapter in adapters]
+    weight_format = (known[0] or "fp32") if base_format == "auto" else base_format
+    for adapter, trained in zip(adapters, known, strict=True):
+        if (trained or weight_format) != weight_format:
+            own = "leave --base_format out" if base_format != "auto" else f"open it apart from {adapters[0]}"
+            raise ValueError(
+                f"{adapter} was trained on a base stored as {trained}, not as {weight_format}; on "
+                f"other weights it means something else: {own}"
+            )
+    named, revision = adapter_base(adapters[0])
+    return base_stored_as(weight_format, source, torch.float32, device, revision if named == source else None)
+
+
+def with_adapter(
+    base: Pretrained, source: str, adapter: str | Path, name: str = "default", grows: bool = True
+) -> Pretrained:
+    """Put an adapter on its opened base; returns the base with the adapter's tokenizer.
+
+    Args:
+        source: What the base was opened from.
+        name: The adapter's name in the model.
+        grows: Whether the base may get rows for new tokens of the adapter.
+
+    Raises:
+        ValueError: The adapter cannot be opened, was trained on another base, or has tokens of its own.
+    """
+    known, (named, _) = _known_base(adapter), adapter_base(adapter)
     if base.fingerprint != known.get("fingerprint", base.fingerprint):
         raise ValueError(
             f"{source} is not the base that {adapter} was trained on: its weights have fingerprint "
             f"{base.fingerprint[:12]}, and those had {known['fingerprint'][:12]}; restore it, or give the "
             "folder of that base"
         )
-    _grow_as_stored(base, adapter)
+    if grows:
+        _grow_as_stored(base, adapter)
     if any((Path(adapter) / name).exists() for name in TOKENIZER[:3]):
         tokenizer = load_tokenizer(Path(adapter), as_saved=bool(known))
         tokenizer.eos_ids = tokenizer.eos_ids or base.eos_ids
         room = base.model.config.vocab_size
+        if room < tokenizer.vocab_size and not grows:
+            raise ValueError(
+                f"{adapter} has {tokenizer.vocab_size - room} tokens that its base has not, and that other "
+                "adapters would share; merge it by export.py, and open the model alone"
+            )
         if room < tokenizer.vocab_size <= room + MOST_NEW_TOKENS:
             grow_vocabulary(base.model, tokenizer.vocab_size)
         base = replace(base, tokenizer=tokenizer)
-    load_adapter(base.model, base.family, adapter)
+    load_adapter(base.model, base.family, adapter, name)
     if not known and not _is_named(source, named):
         print(
             f"warning: {adapter} was written for {shown(named)}, and {source} is not called so; on other "
@@ -474,6 +507,12 @@ def _grow_as_stored(base: Pretrained, adapter: str | Path) -> None:
 def _is_named(source: str, named: str | None) -> bool:
     """Return whether a source is the base that an adapter names, if any, or a folder of that name."""
     return not named or source == named or Path(source).resolve().name == Path(named).name
+
+
+def _known_base(adapter: str | Path) -> dict[str, str]:
+    """Return what an adapter's folder says of the base, beside PEFT's files."""
+    path = Path(adapter) / BASE_FILE
+    return read_run_file(path, _base_file) if path.exists() else {}
 
 
 def _base_file(path: Path) -> dict[str, str]:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from data.fim import in_text_order, known_markers
 from guards.reference.comparison import Comparison
 from guards.subject import GuardSubject
 from reference import learning
 from reference.library import ByteLevelTokens
 from reference.stored import Stored
-from reference.tokens import N_SPECIAL, CodeTokens
+from reference.tokens import N_GAPS, N_SPECIAL, CodeTokens
 
 CHARACTERS = 200_000  # Of the training texts from which merges are learned again: 0.5 s.
+FIRST_BYTE = N_SPECIAL + N_GAPS  # of byte-level BPE
 SYMBOLS = 1e6  # Symbols that are gone through, over all merges: 0.3 s.
 
 
@@ -29,7 +33,7 @@ def compare(
     kinds = {"code": CodeTokens, "bpe": ByteLevelTokens}
     found = next((kind for kind, made in kinds.items() if isinstance(tokens, made)), "another")
     comparison.exact("kind of the tokenizer", found, settings.kind, "which tokenizer is trained")
-    size, least = subject.tokenizer.vocab_size, N_SPECIAL + 256
+    size, least = subject.tokenizer.vocab_size, FIRST_BYTE + 256
     fits = least <= size <= settings.vocab_size
     stage, remedy = "size of the tokenizer", f"from {least} ids to tokenizer.vocab_size"
     comparison.exact(stage, size, size if fits else settings.vocab_size, remedy)
@@ -41,17 +45,18 @@ def _same_merges(
     subject: GuardSubject, comparison: Comparison, stored: Stored, tokens: ByteLevelTokens
 ) -> None:
     """Compare ids and merges with those that the training texts give."""
-    ids = {character: N_SPECIAL + number for number, character in enumerate(learning.alphabet())}
+    ids = {character: FIRST_BYTE + number for number, character in enumerate(learning.alphabet())}
     own = {character: tokens.vocabulary.get(character) for character in ids}
     comparison.exact("ids of the bytes", own, ids, "special tokens first, then bytes by their characters")
     if int(stored.byte_lengths.sum()) > CHARACTERS or stored.holds_examples:
         comparison.leave_out("the tokenizer's merges", "the training texts are long, or examples")
         return
     documents = [stored.document(number) for number in range(len(stored))]
-    texts = [subject.tokenizer.decode(ids) for ids in documents]
-    expected, left = learning.merges(texts, N_SPECIAL), SYMBOLS
+    markers = known_markers(subject.tokenizer)
+    texts = [subject.tokenizer.decode(in_text_order(np.array(ids), markers)) for ids in documents]
+    expected, left = learning.merges(texts, FIRST_BYTE), SYMBOLS
     merges = sorted(tokens.ranks, key=tokens.ranks.__getitem__)
-    size, number = subject.config.tokenizer.vocab_size - N_SPECIAL - 256, -1
+    size, number = subject.config.tokenizer.vocab_size - FIRST_BYTE - 256, -1
     for number in range(size):
         pair = next(expected, None)
         stage, remedy = f"merge {number} of the tokenizer", "the commonest pair is joined first"

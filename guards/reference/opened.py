@@ -26,7 +26,7 @@ from torch import Tensor
 from architecture import Decoder
 from config import LoraConfig, write_atomically
 from config.files import code_fingerprint
-from generation.settings import ExaminedConfig
+from generation.settings import ExaminedConfig, OpeningConfig
 from guards.faults import Fault, refuse_unknown_faults
 from guards.reference import generation
 from guards.reference.comparison import Comparison, Differs
@@ -138,7 +138,8 @@ def compare_opened(opened: Opened, prompts: Sequence[str], comparison: Compariso
 
 def examine(settings: ExaminedConfig, model: Decoder, tokenizer: Tokenizer, prompts: list[str]) -> None:
     """Consult the reference as a command line says."""
-    opened = Opened(Path(settings.model), model, tokenizer, settings.which, settings.adapter)
+    adapter = settings.adapter if isinstance(settings, OpeningConfig) else ""
+    opened = Opened(Path(settings.model), model, tokenizer, settings.which, adapter)
     consult(opened, prompts, settings.allow, settings.cache)
 
 
