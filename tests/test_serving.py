@@ -24,8 +24,10 @@ from architecture import Decoder
 from data.fim import MARKERS, fim_prompt_ids, marked_prompt_ids
 from generation.settings import GenerationConfig
 from generation.text import generate, requested_prompt
+from serving.api import Patience
 from serving.asking import Asked, fit
 from serving.command import listen, make_server
+from serving.connections import BoundedConnection
 from serving.gate import Gate
 from serving.protocol import compact
 from serving.service import Service
@@ -259,9 +261,11 @@ def test_a_long_prompt_keeps_what_is_near(served: Running, model: Decoder) -> No
         ({"prompt": "a", "max_tokens": 10**9}, 400, "max_tokens must be from 0 to 200"),
         ({"prompt": "a", "max_tokens": "7"}, 400, "max_tokens must be a whole number"),
         ({"prompt": "a", "temperature": -1}, 400, "temperature must be from 0"),
+        ({"prompt": "a", "temperature": True}, 400, "temperature must be a number"),
         ({"prompt": "a", "top_p": 2}, 400, "top_p must be from 0 to 1"),
         ({"prompt": "a", "stop": [""]}, 400, "stop must be"),
         ({"prompt": "a", "stop": ["a"] * 99}, 400, "stop must be at most"),
+        ({"prompt": "a", "stop": "a" * 257}, 400, "stop must be at most"),
         ({"prompt": "a", "logit_bias": {"5": 1}}, 400, "logit_bias is not built"),
         ({"prompt": "a", "presence_penalty": 1}, 400, "presence_penalty is not built"),
         ({"prompt": "a", "suffix": "b", "echo": True}, 400, "echo does not go with suffix"),
@@ -341,11 +345,15 @@ def test_the_token_is_required_everywhere_but_at_health() -> None:
 
 def raw(served: Running, body: dict[str, Any], path: str = "/v1/completions") -> socket.socket:
     """A connection that has sent a request."""
-    data = json.dumps(body).encode()
     connection = socket.create_connection(("127.0.0.1", served.port), 20)
+    send(connection, body, path)
+    return connection
+
+
+def send(connection: socket.socket, body: dict[str, Any], path: str = "/v1/completions") -> None:
+    data = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-    return connection
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -424,9 +432,42 @@ def test_a_flood_of_connections_keeps_out_no_honest_client() -> None:
     with running(replace(SETTINGS, most_connections=20)) as served:
         flood = [socket.create_connection(("127.0.0.1", served.port), 20) for _ in range(200)]
         found = post(served, {"prompt": PROMPT, "max_tokens": 3})
-        assert found.status_code == 200 and len(served.server.server_state.connections) <= 20
+        assert found.status_code == 200
+        until(lambda: len(served.server.server_state.connections) <= 20)
         for connection in flood:
             connection.close()
+
+
+def test_a_connection_among_many_has_the_time_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were closed as they came, the one that was about to ask among them."""
+    monkeypatch.setattr(BoundedConnection, "grace", 3.0)
+    with running(replace(SETTINGS, most_connections=20)) as served:
+        honest = socket.create_connection(("127.0.0.1", served.port), 20)
+        flood = [socket.create_connection(("127.0.0.1", served.port), 20) for _ in range(100)]
+        until(lambda: len(served.server.server_state.connections) > 100)
+        send(honest, {"prompt": PROMPT, "max_tokens": 3})
+        assert honest.recv(100).startswith(b"HTTP/1.1 200")
+        until(lambda: len(served.server.server_state.connections) <= 20)
+        for connection in (honest, *flood):
+            connection.close()
+
+
+def test_a_flood_of_mistakes_waits_and_honest_requests_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    paused = list[bool]()
+
+    async def wait(patience: Patience) -> None:
+        paused.append(True)
+
+    monkeypatch.setattr(Patience, "wait", wait)
+    with running() as served:
+        for _ in range(3):
+            assert post(served, {}).status_code == 400
+        assert not paused
+        served.server.config.loaded_app.patience.times.extend([time.monotonic() + 99] * Patience.most)
+        assert post(served, {"prompt": "a", "max_tokens": 1}).status_code == 200 and not paused
+        assert post(served, {}).status_code == 400 and paused == [True]
+        served.server.config.loaded_app.patience.times.extend([0.0] * Patience.most)
+        assert post(served, {}).status_code == 400 and paused == [True]
 
 
 def test_raw_nonsense_ends_its_own_connection_only(served: Running) -> None:

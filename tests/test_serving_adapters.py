@@ -102,7 +102,7 @@ def test_names_are_those_of_the_start_and_no_paths(served: Running, folders: Pat
     assert [one["id"] for one in listed] == ["base", *NAMES]
     tags = httpx.get(f"{served.url}/api/tags").json()["models"]
     assert [one["name"] for one in tags] == ["base:latest", "one:latest", "two:latest"]
-    for name in (str(folders / "one"), "../one", "three", 7):
+    for name in (str(folders / "one"), "../one", "three", 7, ["one"]):
         answered = post(served, {"model": name, "prompt": "a"})
         assert answered.status_code == 404
         sentence = answered.json()["error"]["message"]

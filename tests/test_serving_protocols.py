@@ -213,33 +213,64 @@ def test_a_full_queue_is_429_in_each_protocol(
     assert "8 requests wait, as many as may; send it again later" in answered.text
 
 
-@pytest.mark.parametrize(
-    ("path", "field"), [("/v1/completions", "user"), ("/completion", "id_slot"), ("/infill", "id_slot")]
-)
-def test_the_newest_request_of_an_editor_is_answered_first(path: str, field: str) -> None:
-    """One place, which is taken: then two of one editor come, with another's between them."""
-    with running(replace(SETTINGS, most_rows=1, most_choices=1)) as served:
-        engine, ended = served.service.loop.engine, list[int]()
-        body = ASKING[path] | {"max_tokens": 200, "n_predict": 200, "temperature": 0}
-        held = threading.Event()
-        step = engine.step
-        engine.step = lambda: held.wait(20) and step()  # type: ignore
+class Held:
+    """A server with one place whose engine waits, while requests come."""
 
-        def ask(number: int, editor: int) -> threading.Thread:
-            about = {field: str(editor) if field == "user" else editor, "stop": [f"never {number}"]}
-            waiting = served.service.loop.waiting
-            thread = threading.Thread(target=lambda: (post(served, body | about, path), ended.append(number)))
-            thread.start()
-            until(lambda: served.service.loop.waiting > waiting)
-            return thread
+    def __init__(self, served: Running):
+        self.served, self.engine = served, served.service.loop.engine
+        self.going, self.ended, self.threads = threading.Event(), list[str](), list[threading.Thread]()
+        step = self.engine.step
+        self.engine.step = lambda: self.going.wait(20) and step()  # type: ignore
 
-        threads = [ask(number, editor) for number, editor in ((1, 1), (2, 2), (3, 1))]
-        order = [handle.request.editor for handle in engine.queue.waiting]
-        assert len({*order}) == 2
-        held.set()
-        for thread in threads:
+    def ask(self, name: str, path: str, body: dict[str, Any]) -> None:
+        """Send a request, which waits."""
+        before = self.served.service.loop.waiting
+
+        def send() -> None:
+            assert post(self.served, body, path).status_code == 200
+            self.ended.append(name)
+
+        self.threads.append(threading.Thread(target=send))
+        self.threads[-1].start()
+        until(lambda: self.served.service.loop.waiting > before)
+
+    def go(self) -> list[str]:
+        """Let the engine go on; returns the requests in the order of their answers."""
+        self.going.set()
+        for thread in self.threads:
             thread.join(20)
-        assert ended == [3, 2, 1]
+        return self.ended
+
+
+@pytest.mark.parametrize(
+    ("path", "names"),
+    [
+        ("/v1/completions", ({"user": "a"}, {"user": "b"})),
+        ("/completion", ({"id_slot": 0}, {"id_slot": 1})),
+        ("/infill", ({"id_slot": 0}, {})),
+    ],
+)
+def test_the_newest_request_of_an_editor_is_answered_first(
+    path: str, names: tuple[dict[str, Any], dict[str, Any]]
+) -> None:
+    with running(replace(SETTINGS, most_rows=1, most_choices=1)) as served:
+        held = Held(served)
+        body = ASKING[path] | {"max_tokens": 50, "n_predict": 50, "temperature": 0}
+        for name, who in (("old", names[0]), ("other", names[1]), ("new", names[0])):
+            held.ask(name, path, body | who)
+        editors = {handle.request.editor for handle in held.engine.queue.waiting} - {None}
+        assert all(str(editor).startswith("127.0.0.1 ") for editor in editors) and editors
+        assert held.go() == ["new", "other", "old"]
+
+
+def test_a_warm_up_comes_after_what_somebody_waits_for() -> None:
+    with running(replace(SETTINGS, most_rows=1, most_choices=1)) as served:
+        held = Held(served)
+        held.ask("warm-up", "/infill", {"input_prefix": "a", "n_predict": 0})
+        held.ask("text", "/completion", {"prompt": "a", "n_predict": 5})
+        scored = {"prompt": "a", "max_tokens": 0, "echo": True, "logprobs": 1}
+        held.ask("scores", "/v1/completions", scored)
+        assert held.go() == ["text", "scores", "warm-up"]
 
 
 def test_metrics_count_requests_and_tokens(served: Running) -> None:
