@@ -6,6 +6,7 @@ import asyncio
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -54,6 +55,30 @@ MORE_HEADERS = {
 def protocol_of(path: str) -> Protocol:
     """Return the protocol in which a path is answered; an unknown one, in OpenAI's."""
     return PROTOCOLS.get(path, OPENAI)
+
+
+class Patience:
+    """A pause before an answer that refuses, where many were refused within a second.
+
+    Who floods the server with mistakes waits for each answer, and an honest client does not.
+    """
+
+    most, pause = 20, 0.5  # refusals in a second, and the seconds that each more waits
+
+    def __init__(self) -> None:
+        self.times: deque[float] = deque(maxlen=self.most)
+
+    async def __call__(self) -> None:
+        """Count a refusal, and wait where it is one of many."""
+        now = time.monotonic()
+        is_flood = len(self.times) == self.most and now - self.times[0] < 1
+        self.times.append(now)
+        if is_flood:
+            await self.wait()
+
+    async def wait(self) -> None:
+        """Wait the pause."""
+        await asyncio.sleep(self.pause)
 
 
 class Json(Response):
@@ -178,6 +203,7 @@ class Server:
 
     def __init__(self, service: Service, gate: Gate):
         self.service, self.gate, self.metrics = service, gate, Metrics(service)
+        self.patience = Patience()
         post = [Route(path, self._complete, methods=["POST"]) for path in PROTOCOLS if path != TAGS]
         self.routes = Starlette(
             routes=[
@@ -202,6 +228,8 @@ class Server:
         async def noted(message: Message) -> None:
             nonlocal status
             status = message.get("status", status)
+            if message["type"] == "http.response.start" and 400 <= status < 500:
+                await self.patience()
             await send(message)
 
         request = Request(scope)

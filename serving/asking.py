@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from architecture import Decoder
-from data.fim import fewest_gap_ids, fim_prompt_ids, known_markers, marked_prompt_ids, trim_fim_prompt
+from data.fim import fim_prompt_ids, known_markers, marked_prompt_ids, trim_fim_prompt
 from generation.requests import Handle
 from generation.settings import GenerationConfig
 from generation.text import CONTEXT, Completion, added_text, as_prompt, trim_prompt
@@ -130,7 +130,7 @@ def fit(model: Decoder, tokenizer: Tokenizer, asked: Asked, prompt: str | list[i
             "prompt",
         )
     if whole > room and is_gap:
-        ids = trim_fim_prompt(tokenizer, ids, max(room, fewest_gap_ids(tokenizer)))
+        ids = trim_fim_prompt(tokenizer, ids, room)
     elif whole > room:
         ids = trim_prompt(ids, room, tokenizer.start_id)
     heal = None if is_text and not asked.echo else False

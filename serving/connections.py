@@ -15,9 +15,11 @@ class BoundedConnection(H11Protocol):
     Attributes:
         most: Connections at a time.
         seconds: For the head of the first request; bodies have a limit of their own.
+        grace: Seconds that a connection has before another may take its place: hundreds are taken before the
+            first of them is read.
     """
 
-    most, seconds = 256, 60.0
+    most, seconds, grace = 256, 60.0, 0.2
 
     def __init__(self, *args: Any, **more: Any):
         super().__init__(*args, **more)
@@ -25,13 +27,9 @@ class BoundedConnection(H11Protocol):
         self.head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore
-        """Take a connection; one too many closes the oldest that has no request under way."""
+        """Take a connection; one too many closes the oldest that has no request under way, a little later."""
         super().connection_made(transport)
-        if len(self.connections) > self.most:
-            idle = [one for one in self.connections if isinstance(one, BoundedConnection) and one.is_idle]
-            oldest = min(idle, key=lambda one: one.since, default=self)
-            oldest.transport.abort()
-            self.connections.discard(oldest)
+        self.loop.call_later(self.grace, self._make_room)
         self.head_timer = self.loop.call_later(self.seconds, self._close_without_request)
 
     @property
@@ -56,6 +54,13 @@ class BoundedConnection(H11Protocol):
         """Forget the connection."""
         self._stop_timer()
         super().connection_lost(exc)
+
+    def _make_room(self) -> None:
+        if len(self.connections) > self.most:
+            idle = [one for one in self.connections if isinstance(one, BoundedConnection) and one.is_idle]
+            oldest = min(idle, key=lambda one: one.since, default=self)
+            oldest.transport.abort()
+            self.connections.discard(oldest)
 
     def _stop_timer(self) -> None:
         if self.head_timer is not None:

@@ -44,7 +44,7 @@ from tokenizer import BPETokenizer, Tokenizer
 from training.begin import train
 from training.loop import Observer, TrainingManager
 
-TRAINED = TokenizerConfig(vocab_size=300, min_count=2)
+TRAINED = TokenizerConfig(vocab_size=304, min_count=2)
 
 
 @pytest.fixture

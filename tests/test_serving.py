@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 import re
 import socket
@@ -24,8 +25,10 @@ from architecture import Decoder
 from data.fim import MARKERS, fim_prompt_ids, marked_prompt_ids
 from generation.settings import GenerationConfig
 from generation.text import generate, requested_prompt
-from serving.asking import Asked, fit
+from serving.api import Patience
+from serving.asking import SLACK, Asked, fit
 from serving.command import listen, make_server
+from serving.connections import BoundedConnection
 from serving.gate import Gate
 from serving.protocol import compact
 from serving.service import Service
@@ -259,6 +262,18 @@ def test_a_long_prompt_keeps_what_is_near(served: Running, model: Decoder) -> No
         assert 200 < found["usage"]["prompt_tokens"] < 256
 
 
+@pytest.mark.parametrize("suffix", [None, SUFFIX * 20])
+def test_prompt_and_text_fit_the_positions(model: Decoder, suffix: str | None) -> None:
+    size = model.config.block_size
+    for n_new, n in itertools.product((0, 4, 100, 10_000), (1, 20, 2000)):
+        prompt = "x = 1\n" * n
+        found = fit(model, STARCODER, Asked((prompt,), GenerationConfig(), suffix, n_new=n_new), prompt)
+        kept = len(found.prompt.whole)
+        assert kept + found.n_new + SLACK <= size
+        assert found.n_new == n_new or kept + found.n_new + SLACK == size
+        assert kept >= (size - SLACK) // 2 or not found.trimmed
+
+
 # --- what is refused --------------------------------------------------------------------------------------
 
 
@@ -284,9 +299,11 @@ def test_a_long_prompt_keeps_what_is_near(served: Running, model: Decoder) -> No
         ({"prompt": "a", "max_tokens": 10**9}, 400, "max_tokens must be from 0 to 200"),
         ({"prompt": "a", "max_tokens": "7"}, 400, "max_tokens must be a whole number"),
         ({"prompt": "a", "temperature": -1}, 400, "temperature must be from 0"),
+        ({"prompt": "a", "temperature": True}, 400, "temperature must be a number"),
         ({"prompt": "a", "top_p": 2}, 400, "top_p must be from 0 to 1"),
         ({"prompt": "a", "stop": [""]}, 400, "stop must be"),
         ({"prompt": "a", "stop": ["a"] * 99}, 400, "stop must be at most"),
+        ({"prompt": "a", "stop": "a" * 257}, 400, "stop must be at most"),
         ({"prompt": "a", "logit_bias": {"5": 1}}, 400, "logit_bias is not built"),
         ({"prompt": "a", "presence_penalty": 1}, 400, "presence_penalty is not built"),
         ({"prompt": "a", "suffix": "b", "echo": True}, 400, "echo does not go with suffix"),
@@ -305,6 +322,18 @@ def test_what_is_wrong_is_one_sentence_in_the_protocols_own_body(
     assert "\n" not in error["message"] and set(error) == {"message", "type", "param", "code"}
     assert answered.content == compact(answered.json())
     assert served.client().completions.create(model="tiny", prompt="a", max_tokens=1).choices
+
+
+def test_nothing_runs_for_a_request_of_which_a_part_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running() as served:
+        engine, going = served.service.loop.engine, threading.Event()
+        step = engine.step
+        monkeypatch.setattr(engine, "step", lambda: going.wait(20) and step())
+        assert post(served, {"prompt": [[5, 6], [10**9]], "max_tokens": 100}).status_code == 400
+        waiting = list(engine.queue.waiting)
+        assert len(waiting) == 1 and waiting[0]._reason == "cancelled"
+        going.set()
+        until(lambda: not served.texts())
 
 
 def test_a_prompt_is_in_no_error_and_no_line(served: Running, capfd: pytest.CaptureFixture[str]) -> None:
@@ -366,11 +395,15 @@ def test_the_token_is_required_everywhere_but_at_health() -> None:
 
 def raw(served: Running, body: dict[str, Any], path: str = "/v1/completions") -> socket.socket:
     """A connection that has sent a request."""
-    data = json.dumps(body).encode()
     connection = socket.create_connection(("127.0.0.1", served.port), 20)
+    send(connection, body, path)
+    return connection
+
+
+def send(connection: socket.socket, body: dict[str, Any], path: str = "/v1/completions") -> None:
+    data = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-    return connection
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -435,6 +468,16 @@ def test_slow_heads_and_bodies_are_ended() -> None:
         assert slow[1].recv(100).startswith(b"HTTP/1.1 408")
 
 
+def test_half_a_head_after_an_answer_is_ended() -> None:
+    with running(replace(SETTINGS, most_seconds=0.5)) as served:
+        connection, answer = raw(served, {"prompt": "a", "max_tokens": 0}), b""
+        while not answer.endswith(b"}}"):
+            answer += connection.recv(1000)
+        connection.sendall(b"POST /v1/completions HTT")
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(100) == b""
+
+
 def test_a_body_without_end_is_413_and_its_connection_closed(served: Running) -> None:
     head = b"POST /infill HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", served.port), 20) as connection:
@@ -442,16 +485,50 @@ def test_a_body_without_end_is_413_and_its_connection_closed(served: Running) ->
         with contextlib.suppress(OSError):
             for _ in range(100):
                 connection.sendall(b"1000\r\n" + b" " * 0x1000 + b"\r\n")
-        assert connection.recv(100).startswith(b"HTTP/1.1 413")
+        answer = connection.recv(1000)
+        assert answer.startswith(b"HTTP/1.1 413") and b"connection: close" in answer.lower()
 
 
 def test_a_flood_of_connections_keeps_out_no_honest_client() -> None:
     with running(replace(SETTINGS, most_connections=20)) as served:
         flood = [socket.create_connection(("127.0.0.1", served.port), 20) for _ in range(200)]
         found = post(served, {"prompt": PROMPT, "max_tokens": 3})
-        assert found.status_code == 200 and len(served.server.server_state.connections) <= 20
+        assert found.status_code == 200
+        until(lambda: len(served.server.server_state.connections) <= 20)
         for connection in flood:
             connection.close()
+
+
+def test_a_connection_among_many_has_the_time_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were closed as they came, the one that was about to ask among them."""
+    monkeypatch.setattr(BoundedConnection, "grace", 3.0)
+    with running(replace(SETTINGS, most_connections=20)) as served:
+        honest = socket.create_connection(("127.0.0.1", served.port), 20)
+        flood = [socket.create_connection(("127.0.0.1", served.port), 20) for _ in range(100)]
+        until(lambda: len(served.server.server_state.connections) > 100)
+        send(honest, {"prompt": PROMPT, "max_tokens": 3})
+        assert honest.recv(100).startswith(b"HTTP/1.1 200")
+        until(lambda: len(served.server.server_state.connections) <= 20)
+        for connection in (honest, *flood):
+            connection.close()
+
+
+def test_a_flood_of_mistakes_waits_and_honest_requests_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    paused = list[bool]()
+
+    async def wait(patience: Patience) -> None:
+        paused.append(True)
+
+    monkeypatch.setattr(Patience, "wait", wait)
+    with running() as served:
+        for _ in range(3):
+            assert post(served, {}).status_code == 400
+        assert not paused
+        served.server.config.loaded_app.patience.times.extend([time.monotonic() + 99] * Patience.most)
+        assert post(served, {"prompt": "a", "max_tokens": 1}).status_code == 200 and not paused
+        assert post(served, {}).status_code == 400 and paused == [True]
+        served.server.config.loaded_app.patience.times.extend([0.0] * Patience.most)
+        assert post(served, {}).status_code == 400 and paused == [True]
 
 
 def test_raw_nonsense_ends_its_own_connection_only(served: Running) -> None:
@@ -466,6 +543,14 @@ def test_raw_nonsense_ends_its_own_connection_only(served: Running) -> None:
             with contextlib.suppress(ConnectionResetError):
                 assert b" 400 " in connection.recv(100) or True
     assert post(served, {"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_a_server_that_ends_takes_no_more() -> None:
+    with running() as served:
+        served.service.close()
+        answered = post(served, {"prompt": "a"})
+        assert answered.status_code == 503 and answered.headers["retry-after"] == "5"
+        assert httpx.get(f"{served.url}/health").status_code == 503
 
 
 def test_the_end_finishes_what_runs_and_refuses_the_rest() -> None:
