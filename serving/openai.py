@@ -91,6 +91,7 @@ class OpenAI(Protocol):
             prompt = asked.prompts[place]
             before = ""
             if asked.echo:
+                assert not isinstance(prompt, tuple), "no request has echo and a conversation"
                 before = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
             scores = None if asked.logprobs is None else log_probs(answer, tokenizer, place, sample)
             choices.append(

@@ -30,6 +30,7 @@ from serving.gate import Gate
 from serving.protocol import compact
 from serving.service import Service
 from serving.settings import ServeConfig
+from tokenizer import Tokenizer
 
 CONFIG = replace(SMALL, vocab_size=STARCODER.vocab_size, block_size=256)
 PROMPT, SUFFIX = "def add(a, b):\n    return ", "\n\nprint(add(1, 2))\n"
@@ -57,9 +58,12 @@ class Running(NamedTuple):
 
 
 @contextlib.contextmanager
-def running(settings: ServeConfig = SETTINGS, token: str = "") -> Iterator[Running]:
+def running(
+    settings: ServeConfig = SETTINGS, token: str = "", tokenizer: Tokenizer = STARCODER
+) -> Iterator[Running]:
     """A server of the small model on a free port; closed as a signal closes it."""
-    service = Service(scrambled(CONFIG), STARCODER, "tiny", settings)
+    config = replace(CONFIG, vocab_size=tokenizer.vocab_size)
+    service = Service(scrambled(config), tokenizer, "tiny", settings)
     listener = listen(settings)
     server = make_server(service, Gate(token, [settings.host]), settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -292,11 +296,13 @@ def test_paths_and_chat(served: Running) -> None:
     assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
     (listed,) = served.client().models.list().data
     assert listed.id == "tiny"
-    assert (
-        post(served, {"messages": []}, "/v1/chat/completions")
-        .json()["error"]["message"]
-        .startswith("chat needs")
-    )
+    chat = "/v1/chat/completions"
+    for messages, sentence in (
+        ([], "cannot be read"),
+        ([{"role": "user", "content": "a"}], "no chat template"),
+    ):
+        assert sentence in post(served, {"messages": messages}, chat).json()["error"]["message"]
+    assert "not built" in post(served, {}, "/api/chat").json()["error"]["message"]
     assert post(served, {}, "/v1/../../etc/passwd").status_code == 404
     wrong = httpx.get(f"{served.url}/v1/completions")
     assert wrong.status_code == 405 and "POST" in wrong.json()["error"]["message"]
