@@ -39,6 +39,7 @@ from pretrained import (
     phi3,
     qwen2,
     qwen3,
+    qwen3_moe,
     smollm3,
     stablelm,
     starcoder2,
@@ -77,6 +78,7 @@ FAMILIES = {
         granite,
         gpt_neox,
         codegen2,
+        qwen3_moe,
     )
 }
 THREADS = min(4, os.cpu_count() or 1)
