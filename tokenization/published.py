@@ -18,6 +18,7 @@ from tokenization.library import CONFIG_FILE, TOKENIZER_FILE, library_error, ope
 SPECIALS_FILE = "special_tokens_map.json"
 ADDED_FILE = "added_tokens.json"
 CHAT_FILE = "chat_template.jinja"
+FILES = (TOKENIZER_FILE, CONFIG_FILE, SPECIALS_FILE, ADDED_FILE, CHAT_FILE)
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 _END_OF_TEXT = "<|endoftext|>"
 
@@ -33,8 +34,7 @@ _MERGES_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer
 
 def read_folder(folder: Path) -> dict[str, str]:
     """Return the text of each file that there is in a tokenizer's folder, by name."""
-    names = (TOKENIZER_FILE, CONFIG_FILE, SPECIALS_FILE, ADDED_FILE, CHAT_FILE)
-    return {name: read_file(folder / name) for name in names if (folder / name).exists()}
+    return {name: read_file(folder / name) for name in FILES if (folder / name).exists()}
 
 
 def as_opened(files: dict[str, str], folder: Path, classes: Container[str]) -> dict[str, str]:
