@@ -242,11 +242,12 @@ def test_generate_answers(tmp_path: Path, capsysbinary: pytest.CaptureFixture[by
     prompt = Prompt(asked_ids(tokenizer, (Message("system", "Be short."), Message("user", "Add."))))
     (expected,) = generate(model, tokenizer, [prompt], CommandConfig(**asked, chat=True))
     assert said == expected.text + "\n"
-    for more, sentence in (
+    wrong: tuple[tuple[dict[str, Any], str], ...] = (
         ({"suffix": "x", "chat": True}, "leave one out"),
         ({"heal": True, "chat": True}, "leave one out"),
         ({"system": "x"}, "--system is a part of a conversation"),
-    ):
+    )
+    for more, sentence in wrong:
         with pytest.raises(ValueError, match=sentence):
             CommandConfig(**asked, **more)
     with pytest.raises(ValueError, match="has no chat template"):

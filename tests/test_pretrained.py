@@ -315,7 +315,7 @@ def parity(pair: Pair) -> dict[str, float]:
         for name, p, grad in grads  # An expert that no token chose has no gradient.
     }
     assert own.keys() == gradients.keys()
-    scale = max(1.0, *(g.abs().max().item() for g in gradients.values()))
+    scale = max(1.0, *(g.abs().max().item() for g in gradients.values() if g is not None))
     return {
         "logits": gap(logits, expected.logits),
         "layers": max(gap(a, b) for a, b in zip(states, expected.hidden_states[1:], strict=True)),
