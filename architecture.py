@@ -229,9 +229,53 @@ MLPS: dict[str, tuple[type[MLP] | type[GatedMLP], type[nn.Module]]] = {
 }
 
 
-def build_mlp(config: ModelConfig) -> MLP | GatedMLP | FusedGatedMLP:
-    """Return the MLP with the activation that the settings name."""
+class Router(nn.Module):
+    """The scores of experts for each token; their matrix is never stored in fewer bits."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.n_chosen, self.sum_to_one = config.n_chosen, config.chosen_sum_to_one
+        self.weight = nn.Parameter(torch.empty(config.n_experts, config.n_embd))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the shares and the numbers of the experts that are chosen for x (N, C), both (N, K)."""
+        scores = F.linear(x, self.weight)
+        exact = torch.promote_types(scores.dtype, torch.float32)
+        shares, chosen = scores.softmax(-1, dtype=exact).topk(self.n_chosen, dim=-1)
+        if self.sum_to_one:
+            shares = shares / shares.sum(-1, keepdim=True)
+        return shares.to(scores.dtype), chosen
+
+
+class Experts(nn.Module):
+    """The sum of the chosen experts' outputs, each times its share (Shazeer et al. 2017, arXiv:1701.06538).
+
+    Tokens are sorted by expert, so that each expert that is chosen at all is one product of its tokens.
+    """
+
+    def __init__(self, config: ModelConfig, activation: nn.Module):
+        super().__init__()
+        self.router = Router(config)
+        self.activation = activation  # one for all
+        self.experts = nn.ModuleList(GatedMLP(config, activation) for _ in range(config.n_experts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, -2)
+        shares, chosen = self.router(flat)
+        expert, order = chosen.flatten().sort(stable=True)
+        counts = expert.bincount(minlength=len(self.experts)).tolist()
+        token = order.div(chosen.size(1), rounding_mode="floor")
+        pairs = zip(self.experts, flat[token].split(counts), strict=True)
+        found = torch.cat([mlp(part) for mlp, part in pairs if len(part)])
+        found = found * shares.flatten()[order, None]
+        return torch.zeros_like(flat).index_add(0, token, found.to(x.dtype)).view_as(x)
+
+
+def build_mlp(config: ModelConfig) -> MLP | GatedMLP | FusedGatedMLP | Experts:
+    """Return the MLP with the activation that the settings name, or the experts."""
     mlp, activation = MLPS[config.mlp]
+    if config.n_experts:
+        return Experts(config, activation())
     fuses = config.fused_gate and mlp is GatedMLP
     return (FusedGatedMLP if fuses else mlp)(config, activation())
 
@@ -310,7 +354,7 @@ def init_normal(model: Decoder) -> None:
     wider = model.config.width_mult
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
-            into_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+            into_residual = name.endswith(("attention.out.weight", ".down.weight"))
             std = 0.02 / math.sqrt(2 * model.config.n_layer) if into_residual else 0.02
             if name.startswith("blocks."):
                 std /= math.sqrt(wider)
@@ -346,7 +390,7 @@ def init_zero_output(model: Decoder) -> None:
     for name, parameter in model.named_parameters():
         if name.startswith(("embed", "position")):
             nn.init.normal_(parameter, std=tied_std if model.config.tie_embeddings else 1.0)
-        elif name.endswith(("attention.out.weight", "mlp.down.weight")) or name == "head.weight":
+        elif name.endswith(("attention.out.weight", ".down.weight")) or name == "head.weight":
             nn.init.zeros_(parameter)
         elif parameter.dim() == 2:
             bound = math.sqrt(3 / parameter.size(1))

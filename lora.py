@@ -345,7 +345,11 @@ def _select(
     config: LoraConfig,
     new_rows: Sequence[int] | Mapping[str, Sequence[int]],
 ) -> _Selection:
-    """Return the modules that the settings mean; `names` are ours -> published."""
+    """Return the modules that the settings mean; `names` are ours -> published.
+
+    Experts are none of them: PEFT knows no adapter of one expert, whose matrices transformers holds as one.
+    """
+    names = {our: full for our, full in names.items() if ".experts." not in our}
     copies = select_targets(names, config.train_modules, "lora.train_modules")
     able = {
         our: full

@@ -20,6 +20,7 @@ from config.uses import (
     ROPE_SHARPENED,
     ROPE_YARN,
     ROTARY,
+    ROUTED,
     WINDOWED,
 )
 
@@ -39,7 +40,7 @@ class ModelConfig:
         n_kv_head: Key and value heads, a divisor of n_head; 0 means n_head, 1 is multi-query.
         n_embd: Width of the residual stream.
         head_dim: Width of a head; 0 means n_embd / n_head.
-        n_inner: Width of the MLP; 0 means 4 n_embd.
+        n_inner: Width of the MLP, or of each expert; 0 means 4 n_embd.
         block: `sequential`, `parallel` (one norm for attention and MLP) or `parallel_norms` (a norm each).
         norm: `rms`, `layer`, or `rms_offset`, whose learned scale is 1 + weight (Gemma).
         norm_eps: Number added to the variance.
@@ -70,6 +71,10 @@ class ModelConfig:
         window_layers: Layers with the sliding window, counted from 0; none named means all.
         mlp: `gelu`, `gelu_tanh`, `relu2`, or with a gate `swiglu` or `geglu_tanh`.
         fused_gate: One projection for the gate and what it multiplies.
+        n_experts: MLPs in a block, of which a router chooses some for each token (arXiv:1701.06538); 0 means
+            one MLP for all. Only a base brings experts: nothing here balances those that are trained anew.
+        n_chosen: How many experts are chosen for a token.
+        chosen_sum_to_one: The shares of the chosen experts are divided by their sum.
         qk_norm: Normalise the queries and keys of each head by a `norm`, before they are rotated
             (arXiv:2010.04245).
         fused_qkv: One projection for query, key and value.
@@ -153,6 +158,13 @@ class ModelConfig:
     window_layers: tuple[int, ...] = setting((), used=(WINDOWED,), compared=False, on_resume=REFUSED)
     mlp: Literal["gelu", "gelu_tanh", "relu2", "swiglu", "geglu_tanh"] = setting("gelu", on_resume=REFUSED)
     fused_gate: bool = setting(False, used=(GATED,), before=False, on_resume=REFUSED)
+    n_experts: int = setting(
+        0, at_least=2, at_most=2**12, or_zero=True, before=0, compared=False, on_resume=REFUSED
+    )
+    n_chosen: int = setting(
+        1, at_least=1, at_most=2**12, used=(ROUTED,), before=1, compared=False, on_resume=REFUSED
+    )
+    chosen_sum_to_one: bool = setting(False, used=(ROUTED,), before=False, compared=False, on_resume=REFUSED)
     qk_norm: bool = setting(True, on_resume=REFUSED)
     fused_qkv: bool = setting(False, on_resume=REFUSED)
     qkv_layout: Literal["blocks", "heads", "shards", "shards8"] = setting(
@@ -203,6 +215,7 @@ class ModelConfig:
                 "embedding and a head learn at other rates; set model.tie_embeddings to false"
             )
         self._refuse_positions(rotary_dim)
+        self._refuse_experts()
         self._refuse_qkv_layout(n_kv_head)
         # Where nothing reads rope_context it stays 0: a run whose config sets what nothing reads is refused.
         context = self.rope_context or (self.rope_scaling in CONTEXT_SCALINGS) * self.block_size
@@ -277,6 +290,20 @@ class ModelConfig:
                     f"model.{key} {list(layers)} must be among the {self.n_layer} layers "
                     f"0 to {self.n_layer - 1}"
                 )
+
+    def _refuse_experts(self) -> None:
+        """Raise ValueError for experts that cannot be chosen, or are not MLPs with a gate of their own."""
+        if not self.n_experts:
+            return
+        if self.n_chosen > self.n_experts:
+            raise ValueError(
+                f"model.n_chosen is {self.n_chosen}, and there are {self.n_experts} experts; lower it"
+            )
+        if self.mlp not in ("swiglu", "geglu_tanh") or self.fused_gate or self.mlp_bias:
+            raise ValueError(
+                f"model.n_experts is {self.n_experts}; experts have model.mlp swiglu or geglu_tanh, and "
+                "neither model.fused_gate nor model.mlp_bias"
+            )
 
     def _refuse_long_factors(self, rotary_dim: int) -> None:
         """Raise ValueError for factors of `longrope` that are not one positive number for each frequency."""

@@ -94,6 +94,7 @@ GATED = Use(
     lambda config: config.model.mlp in ("swiglu", "geglu_tanh"),
     "model.mlp has no gate",
 )
+ROUTED = Use("model.n_experts is above 0", lambda config: config.model.n_experts > 0, "model.n_experts is 0")
 FUSED_QKV = Use("model.fused_qkv is true", lambda config: config.model.fused_qkv, "model.fused_qkv is false")
 
 WSD = Use(

@@ -18,6 +18,8 @@ from modules.precision import DTYPES, choose_device
 from modules.products import speed_up
 from modules.quantized_linear import INTEGERS, hold
 from pretrained import load_pretrained
+from tokenization.chat import Message, asked_ids
+from tokenization.healing import Prompt
 from tokenizer import Tokenizer
 from training.run import TrainedRun, hold_run, load_run, open_adapted
 
@@ -124,6 +126,16 @@ def read_prompts(settings: CommandConfig) -> list[str]:
     return prompts
 
 
+def asked_of(tokenizer: Tokenizer, text: str, system: str | None) -> Prompt:
+    """Return the prompt that asks for the answer to what a user says.
+
+    Raises:
+        ValueError: As `asked_ids`.
+    """
+    before = () if system is None else (Message("system", system),)
+    return Prompt(asked_ids(tokenizer, (*before, Message("user", text))))
+
+
 def write_completions(
     settings: CommandConfig,
     examine: Callable[[CommandConfig, Decoder, Tokenizer, list[str]], None] = lambda *_: None,
@@ -133,9 +145,11 @@ def write_completions(
     Args:
         examine: Called with the settings, the opened model and the prompts, before it generates.
     """
-    prompts = read_prompts(settings)
+    prompts: list[str] | list[Prompt] = (texts := read_prompts(settings))
     model, tokenizer = open_model(settings)
-    examine(settings, model, tokenizer, prompts)
+    examine(settings, model, tokenizer, texts)
+    if settings.chat:
+        prompts = [asked_of(tokenizer, text, settings.system) for text in texts]
     shown = printable if sys.stdout.isatty() else str
 
     def write(text: str) -> None:

@@ -154,11 +154,16 @@ class CommandConfig(GenerationConfig, ExaminedConfig, OpeningConfig):
         prompt: Text to go on from; several may be given.
         prompt_file: A file that holds one more prompt; `-` is the standard input.
         suffix: The text after a gap: the model fills in the text between prompt and suffix.
+        chat: Whether each prompt is what a user says: the model answers it, asked by the template of its
+            tokenizer.
+        system: What the system says before the user does.
     """
 
     prompt: tuple[str, ...] = option((), is_text=True)
     prompt_file: str = ""
     suffix: str | None = option(None, is_text=True)
+    chat: bool = False
+    system: str | None = option(None, is_text=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -167,3 +172,11 @@ class CommandConfig(GenerationConfig, ExaminedConfig, OpeningConfig):
             raise ValueError("there is no prompt; give --prompt TEXT or --prompt_file FILE (- is stdin)")
         if self.suffix is not None and n_prompts > 1:
             raise ValueError(f"--suffix belongs to one prompt, and there are {n_prompts}; give one")
+        if self.suffix is not None and self.chat:
+            raise ValueError("--chat asks for an answer, and --suffix for the text of a gap; leave one out")
+        if self.heal and self.chat:
+            raise ValueError(
+                "--chat asks for an answer, and --heal true for more of the prompt; leave one out"
+            )
+        if self.system is not None and not self.chat:
+            raise ValueError("--system is a part of a conversation; give --chat true too, or leave it out")

@@ -68,7 +68,7 @@ SETTLED_EVERY = 32  # new tokens after which a stream looks for a place to decod
 def generate(
     model: Decoder,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Prompt],
     settings: GenerationConfig,
     first_row: int = 0,
     suffix: str | None = None,
@@ -79,7 +79,7 @@ def generate(
     Args:
         model: Its mode is left as it was found.
         tokenizer: The one the model was trained with.
-        prompts: Texts, which the completions do not repeat.
+        prompts: Texts, which the completions do not repeat; or Prompts, taken as they are.
         settings: How to choose tokens.
         first_row: The seed's row of the first prompt. A caller that gives some prompts at a time counts on,
             and gets the same samples in batches of any size.
@@ -118,8 +118,12 @@ def generate(
     return completions
 
 
-def requested_prompt(tokenizer: Tokenizer, text: str, suffix: str | None, heal: bool | None) -> Prompt:
-    """Return the Prompt of a text, or of the gap before a suffix."""
+def requested_prompt(
+    tokenizer: Tokenizer, text: str | Prompt, suffix: str | None, heal: bool | None
+) -> Prompt:
+    """Return the Prompt of a text, or of the gap before a suffix; one that is a Prompt already as it is."""
+    if isinstance(text, Prompt):
+        return text
     ids = tokenizer.prompt_ids(text) if suffix is None else fim_prompt_ids(tokenizer, text, suffix)
     return as_prompt(tokenizer, ids, heal)
 
@@ -165,8 +169,7 @@ class TextRequest:
         **more: Any,
     ):
         self.tokenizer, self.stop = tokenizer, settings.stop
-        is_text = isinstance(text, str)
-        self.prompt = requested_prompt(tokenizer, text, suffix, settings.heal) if is_text else text
+        self.prompt = requested_prompt(tokenizer, text, suffix, settings.heal)
         self.told: Callable[[int, Completion], None] | None = more.pop("on_done", None)
         self.request = Request(
             self.prompt,

@@ -268,12 +268,14 @@ def replace_linear(
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
-    modules = dict(model.named_modules())
-    module = modules.get(name)
-    if module is None:
-        linears = [known for known, m in modules.items() if isinstance(m, nn.Linear)]
+    try:  # A table of all modules would take too long for each of 18,000 experts.
+        module = model.get_submodule(name)
+    except AttributeError:
+        linears = [known for known, m in model.named_modules() if isinstance(m, nn.Linear)]
         close = get_close_matches(name, linears, 3, 0.4) or linears[:3]
-        raise ValueError(f"the model has no module {name!r}; did you mean {' or '.join(close) or 'another'}?")
+        raise ValueError(
+            f"the model has no module {name!r}; did you mean {' or '.join(close) or 'another'}?"
+        ) from None
     if isinstance(module, FrozenLinear):
         raise ValueError(
             f"{name} is quantised already, as {type(module).__name__}; quantise a base in full precision"

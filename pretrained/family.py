@@ -29,7 +29,7 @@ class Family:
         defaults: What a key that config.json lacks means; transformers leaves out what is default.
         names: ModelConfig field -> key of config.json, where the value is the same.
         parts: ModelConfig fields that are the same in all models of the family.
-        modules: Our module -> the published one; `{}` stands for the layer's number.
+        modules: Our module -> the published one; `{}` stands for the number of a layer, and of an expert.
         ignored: Pattern of keys that hold no parameter: masks and tables that old files carry.
         read: config.json -> the other ModelConfig fields.
         write: ModelConfig -> the other keys of config.json.
@@ -51,11 +51,11 @@ class Family:
 
     def key(self, name: str) -> str:
         """Return the published name of a parameter or module of ours: `head.weight` -> `lm_head.weight`."""
-        layer = re.match(r"blocks\.(\d+)\.", name)
-        general = re.sub(r"^blocks\.\d+\.", "blocks.{}.", name)
+        numbers = re.findall(r"\.(\d+)\.", name)
+        general = re.sub(r"\.\d+\.", ".{}.", name)
         module, _, suffix = general.rpartition(".")
         published = self.modules.get(general) or f"{self.modules[module]}.{suffix}"
-        return published.format(layer[1]) if layer else published
+        return published.format(*numbers)
 
     def stored_key(self, name: str) -> str:
         """Return the name that a parameter of ours has in files: the published one or that of `stored`."""
@@ -70,7 +70,10 @@ OPTIONAL: dict[str, type] = {
     "hidden_activation": str,
     "layer_types": list,
     "n_inner": int,
+    "mlp_only_layers": list,
     "no_rope_layers": list,
+    "num_experts": int,
+    "num_local_experts": int,
     "num_key_value_heads": int,
     "original_max_position_embeddings": int,
     "partial_rotary_factor": float,
@@ -204,6 +207,8 @@ def _meaning(config: ModelConfig) -> Values:
     unread |= {key for key, scalings in read_by.items() if config.rope_scaling not in scalings}
     if config.mlp not in ("swiglu", "geglu_tanh"):
         unread |= {"fused_gate"}
+    if not config.n_experts:
+        unread |= {"n_chosen", "chosen_sum_to_one"}
     if not config.fused_qkv:
         unread |= {"qkv_layout"}
     every = tuple(range(config.n_layer)) if config.sliding_window else ()

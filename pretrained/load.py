@@ -39,6 +39,7 @@ from pretrained import (
     phi3,
     qwen2,
     qwen3,
+    qwen3_moe,
     smollm3,
     stablelm,
     starcoder2,
@@ -77,6 +78,7 @@ FAMILIES = {
         granite,
         gpt_neox,
         codegen2,
+        qwen3_moe,
     )
 }
 THREADS = min(4, os.cpu_count() or 1)
@@ -91,8 +93,10 @@ TOKENIZER = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
 )
-TEXTS = (CONFIG, GENERATION, *TOKENIZER)
+SENTENCEPIECE = "tokenizer.model"
+TEXTS = (CONFIG, GENERATION, *TOKENIZER, SENTENCEPIECE)
 
 
 @dataclass(frozen=True)
@@ -464,6 +468,13 @@ def _refuse_other_twin(twin: TensorEntry, embedding: Tensor, head: str, embed: s
 
 def _tokenizer(folder: Path, vocab_size: int, linked: bool) -> Tokenizer | None:
     if not any((folder / name).exists() for name in TOKENIZER[:3]):
+        if (folder / SENTENCEPIECE).exists():
+            print(
+                f"warning: the tokenizer in {folder} is {SENTENCEPIECE} alone, of SentencePiece, which is "
+                "not read, so the model has none; AutoTokenizer.from_pretrained(FOLDER) of transformers, and "
+                f"its save_pretrained(FOLDER), write the {TOKENIZER[0]} that is",
+                file=sys.stderr,
+            )
         return None
     for name in TOKENIZER:
         if (folder / name).exists():

@@ -50,7 +50,12 @@ def scale(lora: LoraConfig, published: str) -> float:
 
 
 def is_target(lora: LoraConfig, name: str, published: str) -> bool:
-    """Return whether `lora.targets` mean a linear or embedding, by its name here and its published one."""
+    """Return whether `lora.targets` mean a linear or embedding, by its name here and its published one.
+
+    Neither experts are meant, nor what chooses them.
+    """
+    if ".experts." in name or name.endswith(".router"):
+        return False
     roles = {
         "attention": ".attention." in name,
         "mlp": ".mlp." in name,

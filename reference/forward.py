@@ -182,7 +182,10 @@ def mlp(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> dict[str
     """Return the stages of the MLP: its inner state (B, T, n_inner), and its output (B, T, C).
 
     With a gate (arXiv:2002.05202) the inner state is a product. A fused projection has the gate's rows first.
+    Experts have no inner state in common.
     """
+    if config.n_experts:
+        return {"MLP output": experts(config, weights, name, x)}
     if config.mlp in GATES and config.fused_gate:
         gate, up = linear(weights, f"{name}.gate_up", x, config.mlp_bias).tensor_split(2, dim=-1)
         inner = GATES[config.mlp](gate) * up
@@ -192,6 +195,44 @@ def mlp(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> dict[str
     else:
         inner = ACTIVATIONS[config.mlp](linear(weights, f"{name}.up", x, config.mlp_bias))
     return {"MLP inner": inner, "MLP output": linear(weights, f"{name}.down", inner, config.mlp_bias)}
+
+
+def shares_of(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:
+    """Return the share of each expert for each token, (B, T, E); 0 where it is not chosen.
+
+    They are the n_chosen largest of softmax(x W^T), divided by their sum where the settings say so
+    (arXiv:1701.06538).
+    """
+    shares = (x @ weights[f"{name}.router.weight"].T).softmax(dim=-1)
+    least = shares.topk(config.n_chosen, dim=-1).values[..., -1:]
+    shares = shares.where(shares >= least, 0)
+    return shares / shares.sum(dim=-1, keepdim=True) if config.chosen_sum_to_one else shares
+
+
+def is_sure(config: ModelConfig, weights: Weights, name: str, x: Tensor, rounding: float) -> Tensor:
+    """Return for which tokens rounding cannot change which experts are chosen, (B, T, 1) of bool.
+
+    Args:
+        rounding: By how much scores may be off, relative to the largest.
+    """
+    scores = x @ weights[f"{name}.router.weight"].T
+    if config.n_chosen == config.n_experts:
+        return torch.ones_like(scores[..., :1], dtype=torch.bool)
+    ordered = scores.sort(dim=-1, descending=True).values
+    gap = ordered[..., config.n_chosen - 1] - ordered[..., config.n_chosen]
+    return (gap > 2 * rounding * scores.abs().amax())[..., None]
+
+
+def experts(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:
+    """Return the sum of the experts' outputs (B, T, C), each times its share, which is 0 for most."""
+    shares, found = shares_of(config, weights, name, x), torch.zeros_like(x)
+    for number in range(config.n_experts):
+        share = shares[..., number, None]
+        if bool(share.any()):
+            one = f"{name}.experts.{number}"
+            gate, up = (linear(weights, f"{one}.{part}", x, False) for part in ("gate", "up"))
+            found = found + share * linear(weights, f"{one}.down", GATES[config.mlp](gate) * up, False)
+    return found
 
 
 def silu(x: Tensor) -> Tensor:

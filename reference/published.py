@@ -2,8 +2,8 @@
 
 The names are those of transformers' model classes.
 
-`{}` stands for a block's number. All matrices are (outputs, inputs), as they are here, and a fused projection
-keeps the order of its rows, which `model.qkv_layout` names.
+`{}` stands for the number of a block, and of an expert. All matrices are (outputs, inputs), as they are here,
+and a fused projection keeps the order of its rows, which `model.qkv_layout` names.
 """
 
 from __future__ import annotations
@@ -77,6 +77,15 @@ PUBLISHED: dict[str, dict[str, str]] = {
         "blocks.{}.attention.q_norm": "model.layers.{}.self_attn.q_norm",
         "blocks.{}.attention.k_norm": "model.layers.{}.self_attn.k_norm",
     },
+    "qwen3_moe": {key: name for key, name in _LLAMA.items() if not key.startswith("blocks.{}.mlp.")}
+    | {
+        "blocks.{}.attention.q_norm": "model.layers.{}.self_attn.q_norm",
+        "blocks.{}.attention.k_norm": "model.layers.{}.self_attn.k_norm",
+        "blocks.{}.mlp.router": "model.layers.{}.mlp.gate",
+        "blocks.{}.mlp.experts.{}.gate": "model.layers.{}.mlp.experts.{}.gate_proj",
+        "blocks.{}.mlp.experts.{}.up": "model.layers.{}.mlp.experts.{}.up_proj",
+        "blocks.{}.mlp.experts.{}.down": "model.layers.{}.mlp.experts.{}.down_proj",
+    },
     "mistral": _LLAMA,
     "phi3": _LLAMA
     | {
@@ -121,7 +130,8 @@ def published_name(family: str, module: str) -> str:
     parts = module.split(".")
     if parts[0] != "blocks":
         return PUBLISHED[family][module]
-    return PUBLISHED[family][".".join(["blocks", "{}", *parts[2:]])].format(parts[1])
+    general = ".".join("{}" if part.isdigit() else part for part in parts)
+    return PUBLISHED[family][general].format(*(part for part in parts if part.isdigit()))
 
 
 class PublishedWeights:

@@ -68,6 +68,14 @@ DEFAULTS: dict[str, Values] = {
         "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None,
         "attention_bias": False,
     },
+    "qwen3_moe": _OF_LLAMA | {
+        "vocab_size": 151936, "max_position_embeddings": 32768, "hidden_size": 2048,
+        "intermediate_size": 6144, "num_hidden_layers": 24, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "hidden_act": "silu", "rms_norm_eps": 1e-6,
+        "use_sliding_window": False, "sliding_window": 4096, "attention_bias": False,
+        "moe_intermediate_size": 768, "num_experts": None, "num_local_experts": 128,
+        "num_experts_per_tok": 8, "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": None,
+    },
     "mistral": _OF_LLAMA | {
         "vocab_size": 32000, "max_position_embeddings": 131072, "hidden_size": 4096,
         "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -281,6 +289,18 @@ def _qwen3(values: Values) -> Values:
     return _qwen2(values) | {"qk_norm": True, "qkv_bias": bias, "attention_bias": bias}
 
 
+def _qwen3_moe(values: Values) -> Values:
+    """Return what Qwen3's mixtures of experts have: Qwen3, one window in all layers, and experts there."""
+    if values["mlp_only_layers"] or values["decoder_sparse_step"] != 1:
+        raise ValueError("some layers have no experts, which the reference does not know")
+    return _qwen3(values | {"layer_types": None, "max_window_layers": 0}) | {
+        "n_inner": values["moe_intermediate_size"],
+        "n_experts": values["num_experts"] or values["num_local_experts"],
+        "n_chosen": values["num_experts_per_tok"],
+        "chosen_sum_to_one": values["norm_topk_prob"],
+    }
+
+
 def _mistral(values: Values) -> Values:
     """Return what Mistral has (arXiv:2310.06825): RMSNorm, SwiGLU, no bias, and one window in all layers."""
     return _rms_and_gate(values) | {"sliding_window": values["sliding_window"] or 0}
@@ -365,6 +385,7 @@ OF_LLAMA: dict[str, Callable[[Values], Values]] = {
     "starcoder2": _starcoder2,
     "phi": _phi,
     "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
     "mistral": _mistral,
     "phi3": _phi3,
     "stablelm": _stablelm,
@@ -443,6 +464,8 @@ def behaviour(config: ModelConfig) -> Values:
         unread |= {"rope_short", "rope_long"}
     if config.mlp not in ("swiglu", "geglu_tanh"):
         unread |= {"fused_gate"}
+    if not config.n_experts:
+        unread |= {"n_chosen", "chosen_sum_to_one"}
     if not config.fused_qkv:
         unread |= {"qkv_layout"}
     found = {key: value for key, value in vars(config).items() if key not in unread}

@@ -59,6 +59,12 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             add_norm(f"{block}.attention.q_norm", config.head_dim)
             add_norm(f"{block}.attention.k_norm", config.head_dim)
         add(f"{block}.attention.out", width, heads, config.attention_bias)
+        for number in range(config.n_experts):
+            for part, n_out, n_in in (("gate", inner, width), ("up", inner, width), ("down", width, inner)):
+                add(f"{block}.mlp.experts.{number}.{part}", n_out, n_in, False)
+        if config.n_experts:
+            add(f"{block}.mlp.router", config.n_experts, width, False)
+            continue
         gated = config.mlp in ("swiglu", "geglu_tanh")
         if gated and config.fused_gate:
             add(f"{block}.mlp.gate_up", 2 * inner, width, config.mlp_bias)
@@ -92,7 +98,7 @@ def _is_table(name: str) -> bool:
 
 def _into_residual(name: str) -> bool:
     """Return whether a matrix gives what is added to the residual stream."""
-    return name.endswith((".attention.out.weight", ".mlp.down.weight"))
+    return name.endswith((".attention.out.weight", ".down.weight"))
 
 
 def _normal(config: ModelConfig, name: str, shape: tuple[int, ...]) -> Start:

@@ -20,6 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from config.console import one_line
 from serving.asking import Answer
+from serving.chat import Chat
 from serving.fields import Refused, parse_body, text
 from serving.gate import Gate
 from serving.llamacpp import Completion, Infill
@@ -34,6 +35,8 @@ OPENAI, TABBY = OpenAI(), Tabby()
 PROTOCOLS: dict[str, Protocol] = {
     "/v1/completions": OPENAI,
     "/completions": OPENAI,
+    "/v1/chat/completions": Chat(),
+    "/chat/completions": Chat(),
     "/v1/fim/completions": Mistral(),
     "/fim/completions": Mistral(),
     "/completion": Completion(),
@@ -44,7 +47,7 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 EVENTS = ("view", "select", "dismiss")
 TAGS = "/api/tags"
-CHATS = ("/v1/chat/completions", "/chat/completions", "/api/chat")
+OLLAMA_CHAT = "/api/chat"
 MORE_HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
     429: {"Retry-After": "1"},
@@ -209,7 +212,7 @@ class Server:
             routes=[
                 *post,
                 *[Route(path, self._models, methods=["GET"]) for path in ("/v1/models", "/models")],
-                *[Route(path, self._chat, methods=["POST"]) for path in CHATS],
+                Route(OLLAMA_CHAT, self._chat, methods=["POST"]),
                 Route(TAGS, self._tags, methods=["GET"]),
                 Route("/v1/events", self._events, methods=["POST"]),
                 Route("/v1/adapters", self._adapters, methods=["POST"]),
@@ -320,9 +323,7 @@ class Server:
         return Json({"status": "closing" if closing else "ok"}, 503 if closing else 200)
 
     async def _chat(self, request: Request) -> Response:
-        raise Refused(
-            400, "chat needs a template, which this server has none of; send completions to /v1/completions"
-        )
+        raise Refused(400, "chat is not built at this path; send conversations to /v1/chat/completions")
 
     async def _unknown(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException), "it is registered for these"

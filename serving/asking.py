@@ -13,10 +13,14 @@ from generation.requests import Handle
 from generation.settings import GenerationConfig
 from generation.text import CONTEXT, Completion, added_text, as_prompt, trim_prompt
 from serving.fields import Refused
+from tokenization.chat import Conversation, asked_ids
 from tokenization.healing import Prompt
 from tokenizer import Tokenizer
 
 SLACK = 16  # positions left free for the tokens in the place of a healed prompt's end
+
+
+AskedPrompt = str | list[int] | Conversation
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class Asked:
     """A request in the terms of the engine.
 
     Args:
-        prompts: Texts, or ids that are taken as they are.
+        prompts: Texts, ids that are taken as they are, or conversations that the model answers.
         settings: How to choose tokens; its max_new_tokens counts where `n_new` is above 0.
         suffix: The text after the gap.
         n: Texts for each prompt.
@@ -38,7 +42,7 @@ class Asked:
         fields: Names of the fields that the answer is to have; none is all.
     """
 
-    prompts: tuple[str | list[int], ...]
+    prompts: tuple[AskedPrompt, ...]
     settings: GenerationConfig
     suffix: str | None = None
     n: int = 1
@@ -70,6 +74,7 @@ class Answer:
         handles: The engine's, one a prompt.
         completions: One a text, None while it is under way.
         first: The time of the first token, by time.monotonic().
+        introduced: Texts of which a part was sent.
     """
 
     asked: Asked
@@ -82,6 +87,7 @@ class Answer:
     first: float = 0.0
     handles: list[Handle] = field(default_factory=list)
     completions: list[Completion | None] = field(default_factory=list)
+    introduced: set[int] = field(default_factory=set)
 
     @property
     def done(self) -> list[Completion]:
@@ -101,7 +107,7 @@ class Answer:
         return sum(len(one.ids) for one in self.completions if one is not None)
 
 
-def fit(model: Decoder, tokenizer: Tokenizer, asked: Asked, prompt: str | list[int]) -> Fitted:
+def fit(model: Decoder, tokenizer: Tokenizer, asked: Asked, prompt: AskedPrompt) -> Fitted:
     """Read a prompt, and leave out what is farthest from the new text where the model has no room for it.
 
     At least half of the model's positions stay with the prompt, and the rest bounds the new text.
@@ -112,7 +118,9 @@ def fit(model: Decoder, tokenizer: Tokenizer, asked: Asked, prompt: str | list[i
     is_text = isinstance(prompt, str)
     marked = marked_prompt_ids(tokenizer, prompt) if is_text and asked.suffix is None else None
     is_gap = asked.suffix is not None or marked is not None
-    if not is_text:
+    if isinstance(prompt, tuple):
+        ids = asked_ids(tokenizer, prompt)
+    elif not is_text:
         ids = list(prompt)
     elif asked.suffix is not None:
         ids = fim_prompt_ids(tokenizer, prompt, asked.suffix)

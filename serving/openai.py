@@ -94,6 +94,7 @@ class OpenAI(Protocol):
             prompt = asked.prompts[place]
             before = ""
             if asked.echo:
+                assert not isinstance(prompt, tuple), "no request has echo and a conversation"
                 before = prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
             one = choice(number_, before + made.text, finish_reason(made.finish_reason))
             choices.append(one | {"logprobs": log_probs(answer, tokenizer, place, sample)})

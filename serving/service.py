@@ -179,6 +179,7 @@ class Service:
         prompt, end = asked.prompts[place], self.settings.end
         before = prompt if isinstance(prompt, str) else ""
         cuts = asked.n_new > 0 and (end != "free" or bool(asked.suffix))
+        cuts = cuts and not isinstance(prompt, tuple)  # An answer ends where the model ends it.
         endings = [Ending(end, before, asked.suffix) for _ in range(asked.n)] if cuts else []
 
         def part(sample: int, text: str) -> None:

@@ -58,6 +58,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "starcoder2": ("starcoder2", ALL),
     "qwen2": ("qwen2", ALL),
     "qwen3": ("qwen3", ALL),
+    "qwen3_moe": ("qwen3_moe", ALL),
     "mistral": ("mistral window", ALL),
     "phi3": ("phi3", ALL | {"targets": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}),
     "stablelm": ("stablelm", ALL | {"targets": ("all-linear", "lm_head")}),
@@ -119,6 +120,7 @@ def peft_config(pair: Pair, settings: dict[str, Any]) -> Any:
     able = {our: full for our, full in able.items() if not full.endswith(config.train_modules or "no")}
     kinds = (nn.Linear, nn.Embedding)
     able = {our: full for our, full in able.items() if isinstance(pair.ours.get_submodule(our), kinds)}
+    able = {our: full for our, full in able.items() if ".experts." not in our}
     targets = [able[our] for our in lora.select_targets(able, config.targets)]
     ids = ids_of(settings)
     rows: Any = None

@@ -51,7 +51,7 @@ def test_what_blocks_take_is_linear_and_counted_right(
     )
     model, family = plan.shape_of(config)
     one, two, three = (plan_child.measure(asked(config, family, model, n)) for n in (1, 2, 3))
-    foreseen = one.at(three, 2)
+    foreseen = one.at(three, 2, (1, 3))
     assert (foreseen.held_bytes, foreseen.trained_bytes) == (two.held_bytes, two.trained_bytes)
     # c_attn is 64 -> 64 + 2 heads of 16: A (4, 64) and B (96, 4); each with gradient and two moments in fp32.
     adapters = 3 * 4 * (64 + 96) * 4
@@ -120,7 +120,7 @@ def test_the_child_does_what_a_run_does(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_line_through_two_depths_gives_the_others() -> None:
     first, second = Cost(5, 10, 12, 1, 2, 0.5, 0.1), Cost(6, 16, 14, 3, 2, 0.9, 0.05)
-    found = first.at(second, 11)
+    found = first.at(second, 11, (2, 8))
     assert found == Cost(6.5, 19, 15, 4, 2, pytest.approx(1.1), 0.1) and found.peak == 19  # pyright: ignore[reportArgumentType]
     config = Config(train=TrainConfig(accumulation=3, batch_size=2, max_steps=50))
     made = plan.Plan(found, 11, (2, 8), 128, config)
@@ -149,6 +149,34 @@ def test_small_models_are_measured_whole_and_large_ones_at_two_depths(
         made.clear()
         found = plan.plan(Config(model=ModelConfig(n_layer=12, n_head=4, n_embd=width)))
         assert made == depths and found.cost.peak == 12
+
+
+# The shape of Qwen3-Coder-30B-A3B.
+EXPERTS_30B = {"model_type": "qwen3_moe", "num_hidden_layers": 48, "head_dim": 128, "norm_topk_prob": True}
+
+
+def test_a_base_that_no_memory_holds_is_refused_with_both_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(EXPERTS_30B), "utf-8")
+    made: list[int] = []
+    monkeypatch.setattr(
+        plan, "_measured", lambda *given: (made.append(given[3]), Cost(1, 1, 1, 1, 1, 1, 1))[1]
+    )
+    memory = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 24 * 10**9 // 4096}
+    monkeypatch.setattr(plan.os, "sysconf", memory.__getitem__)
+
+    def asked_as(base_format: Any) -> Config:
+        train = TrainConfig(base=str(tmp_path), base_format=base_format, device="cpu", precision="bf16")
+        return Config(lora=LoraConfig(r=4), train=train)
+
+    monkeypatch.setattr(plan, "refuse_mistakes", lambda config: None)
+    for base_format, needed in (("fp32", 122), ("bf16", 61), ("auto", 61)):
+        with pytest.raises(
+            ValueError, match=f"take about {needed} GB as .* has 24 GB; as nf4 they take 17 GB"
+        ):
+            plan.plan(asked_as(base_format))
+    assert not made and plan.plan(asked_as("nf4")) and made == [1, 2]
 
 
 def test_only_config_json_of_a_base_is_read(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ WIDE: dict[str, Any] = {
 }
 TWELVE = WIDE | {"hidden_size": 48, "num_attention_heads": 12}
 SMALL = WIDE | {"num_hidden_layers": 2}
+ROUTED = SMALL | {"head_dim": 8, "moe_intermediate_size": 16, "num_experts": 5, "num_experts_per_tok": 2}
 PHI3 = SMALL | {"pad_token_id": None}
 EIGHT = SMALL | {"hidden_size": 32}
 PADS = {"pad_token_id": None, "bos_token_id": None}
@@ -149,6 +150,17 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 yarn": ("qwen3", SMALL | {"head_dim": 16} | rope("yarn", **YARN, beta_slow=0.25)),
     "qwen3 theta": ("qwen3", SMALL | {"head_dim": 8, "num_key_value_heads": 4}
                     | rope("default", rope_theta=1e6)),
+    "qwen3_moe": ("qwen3_moe", ROUTED),
+    # In bf16 rounding may choose other experts than in fp32, but not where all are chosen.
+    "qwen3_moe all": ("qwen3_moe", ROUTED | {"num_experts": 3, "num_experts_per_tok": 3,
+                                             "rms_norm_eps": 1e-3}),
+    "qwen3_moe shares": ("qwen3_moe", ROUTED | {"norm_topk_prob": True, "num_experts_per_tok": 3}),
+    "qwen3_moe one": ("qwen3_moe", ROUTED | {"num_experts_per_tok": 1, "attention_bias": True,
+                                             "tie_word_embeddings": True}),
+    "qwen3_moe window": ("qwen3_moe", ROUTED | {"use_sliding_window": True, "sliding_window": 5,
+                                                "num_key_value_heads": 1}),
+    "qwen3_moe yarn": ("qwen3_moe", ROUTED | {"head_dim": 16, "norm_topk_prob": True}
+                       | rope("yarn", **YARN, beta_slow=0.25)),
     "mistral": ("mistral", SMALL),
     "mistral window": ("mistral", SMALL | {"sliding_window": 5, "tie_word_embeddings": True}),
     "mistral window of one": ("mistral", SMALL | {"sliding_window": 1, "num_key_value_heads": 1}),
@@ -270,6 +282,21 @@ def layers_of(model: Decoder, *args: Any) -> tuple[Tensor, list[Tensor]]:
     return model.head(hidden), [*states[:-1], hidden]
 
 
+def one_by_one(name: str, parameter: nn.Parameter) -> list[tuple[str, Tensor | None]]:
+    """Return gradients by the names of files: transformers holds the matrices of all experts as one."""
+    if ".experts." not in name:
+        return [(name, parameter.grad)]
+    grad = parameter.grad
+    assert grad is not None
+    start, kind = name.rsplit(".", 1)
+    kinds = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
+    return [
+        (f"{start}.{number}.{part}.weight", half)
+        for number, of_one in enumerate(grad)
+        for part, half in zip(kinds, of_one.chunk(len(kinds)), strict=True)
+    ]
+
+
 def parity(pair: Pair) -> dict[str, float]:
     """The largest gap of logits, of layers and of gradients."""
     tokens = tokens_of(pair.ours)
@@ -281,10 +308,14 @@ def parity(pair: Pair) -> dict[str, float]:
     for model, result in ((pair.oracle, expected.logits), (pair.ours, logits)):
         model.zero_grad()
         (result * weights).sum().backward()
-    gradients = {name: p.grad for name, p in pair.oracle.named_parameters()}
-    own = {pair.found.family.key(name): p.grad for name, p in pair.ours.named_parameters()}
+    gradients = {key: grad for name, p in pair.oracle.named_parameters() for key, grad in one_by_one(name, p)}
+    grads = ((name, p, p.grad) for name, p in pair.ours.named_parameters())
+    own = {
+        pair.found.family.key(name): torch.zeros_like(p) if grad is None and ".experts." in name else grad
+        for name, p, grad in grads  # An expert that no token chose has no gradient.
+    }
     assert own.keys() == gradients.keys()
-    scale = max(1.0, *(g.abs().max().item() for g in gradients.values()))
+    scale = max(1.0, *(g.abs().max().item() for g in gradients.values() if g is not None))
     return {
         "logits": gap(logits, expected.logits),
         "layers": max(gap(a, b) for a, b in zip(states, expected.hidden_states[1:], strict=True)),
@@ -494,6 +525,9 @@ FAULTS: dict[str, tuple[str, Callable[[Decoder], None]]] = {
     "positions one off": ("bigcode mqa", shift_positions),
     "norm eps 1e-6": ("llama mqa", each_block(assign("attention_norm.eps", 1e-6))),
     "norms of queries left out": ("qwen3", each_block(assign("attention.q_norm", nn.Identity()))),
+    "shares of experts not divided": ("qwen3_moe shares", each_block(assign("mlp.router.sum_to_one", False))),
+    "one expert too few": ("qwen3_moe", each_block(assign("mlp.router.n_chosen", 1))),
+    "two experts swapped": ("qwen3_moe", each_block(swap("mlp.experts.0", "mlp.experts.1"))),
     "no window in mistral": ("mistral window", each_block(assign("attention.has_window", False))),
     "up before gate": ("phi3", each_block(swap_halves("mlp.gate_up"))),
     "query bias of a parallel block dropped": ("stablelm parallel", each_block(zero("attention.q.bias"))),

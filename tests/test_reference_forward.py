@@ -55,6 +55,8 @@ SHAPES: list[dict[str, Any]] = [
     {"n_head": 8, "fused_qkv": True, "qkv_layout": "shards8", "qk_norm": False, "mlp": "swiglu"},
     {"fused_gate": True, "mlp": "swiglu", "unrotated_layers": (1,), "n_kv_head": 1},
     {"embed_scale": 12.0, "residual_scale": 0.22, "attention_scale": 0.05, "logit_divisor": 6.0},
+    {"n_experts": 5, "n_chosen": 2, "mlp": "swiglu"},
+    {"n_experts": 3, "n_chosen": 2, "mlp": "geglu_tanh", "chosen_sum_to_one": True},
     {"n_layer": 1, "n_head": 1, "block_size": 4},
 ]
 

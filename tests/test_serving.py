@@ -33,6 +33,7 @@ from serving.gate import Gate
 from serving.protocol import compact
 from serving.service import Service
 from serving.settings import ServeConfig
+from tokenizer import Tokenizer
 
 CONFIG = replace(SMALL, vocab_size=STARCODER.vocab_size, block_size=256)
 PROMPT, SUFFIX = "def add(a, b):\n    return ", "\n\nprint(add(1, 2))\n"
@@ -61,10 +62,16 @@ class Running(NamedTuple):
 
 @contextlib.contextmanager
 def running(
-    settings: ServeConfig = SETTINGS, token: str = "", service: Service | None = None, scores: str = ""
+    settings: ServeConfig = SETTINGS,
+    token: str = "",
+    service: Service | None = None,
+    scores: str = "",
+    tokenizer: Tokenizer = STARCODER,
 ) -> Iterator[Running]:
     """A server on a free port, by default of the small model; closed as a signal closes it."""
-    service = service or Service(scrambled(CONFIG), STARCODER, "tiny", settings)
+    if service is None:
+        config = replace(CONFIG, vocab_size=tokenizer.vocab_size)
+        service = Service(scrambled(config), tokenizer, "tiny", settings)
     service.scores[service.name] = scores
     listener = listen(settings)
     server = make_server(service, Gate(token, [settings.host]), settings)
@@ -348,11 +355,13 @@ def test_paths_and_chat(served: Running) -> None:
     assert httpx.get(f"{served.url}/health").json() == {"status": "ok"}
     (listed,) = served.client().models.list().data
     assert listed.id == "tiny"
-    assert (
-        post(served, {"messages": []}, "/v1/chat/completions")
-        .json()["error"]["message"]
-        .startswith("chat needs")
-    )
+    chat = "/v1/chat/completions"
+    for messages, sentence in (
+        ([], "cannot be read"),
+        ([{"role": "user", "content": "a"}], "no chat template"),
+    ):
+        assert sentence in post(served, {"messages": messages}, chat).json()["error"]["message"]
+    assert "not built" in post(served, {}, "/api/chat").json()["error"]["message"]
     assert post(served, {}, "/v1/../../etc/passwd").status_code == 404
     wrong = httpx.get(f"{served.url}/v1/completions")
     assert wrong.status_code == 405 and "POST" in wrong.json()["error"]["message"]

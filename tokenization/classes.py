@@ -29,6 +29,7 @@ _REGISTERED = {
     "starcoder2": "GPT2Tokenizer",
     "qwen2": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
+    "qwen3_moe": "Qwen2Tokenizer",
     "mistral": AS_THE_FILE,
     "phi3": AS_THE_FILE,
     "stablelm": AS_THE_FILE,

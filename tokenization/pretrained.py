@@ -40,6 +40,7 @@ from tokenization.published import (
     VOCAB_FILE,
     added_token,
     as_opened,
+    chat_template_of,
     from_merges,
     is_plain_piece,
     named_specials,
@@ -68,7 +69,10 @@ class PretrainedTokenizer(Tokenizer):
 
     Args:
         files: The text of `tokenizer.json` and, where there are, `tokenizer_config.json`,
-            `special_tokens_map.json` and `added_tokens.json`.
+            `special_tokens_map.json`, `added_tokens.json` and `chat_template.jinja`.
+
+    Attributes:
+        special_texts: The text of each special token that the folder names, by its key, such as `eos_token`.
     """
 
     kind = "pretrained"
@@ -95,6 +99,10 @@ class PretrainedTokenizer(Tokenizer):
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         refuse_long_pieces(vocabulary, TOKENIZER_FILE)
         self.vocab_size = max(vocabulary.values()) + 1
+        keys = (f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+        self.special_texts = {
+            key: token_text(named[key]) for key in keys if isinstance(named.get(key), str | dict)
+        }
         self._growth = refuse_steep(self._tokenizer, TOKENIZER_FILE)
         self._start_id = self._first_of_a_text()
         state = json.loads(self._tokenizer.to_str())
@@ -294,6 +302,16 @@ class PretrainedTokenizer(Tokenizer):
                 "take it out of the text"
             )
         return ids
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The template of conversations, None without one; ValueError where two files disagree."""
+        return chat_template_of(self._files)
+
+    def spelled_special(self, text: str) -> str | None:
+        """Return the special token that a text spells, None if it spells none."""
+        ids = self.encode(text, specials=True)
+        return next((self._tokenizer.id_to_token(id) for id in ids if id in self._controls), None)
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
         found = encode_batch(self._tokenizer, texts)

@@ -17,6 +17,8 @@ from tokenization.library import CONFIG_FILE, TOKENIZER_FILE, library_error, ope
 
 SPECIALS_FILE = "special_tokens_map.json"
 ADDED_FILE = "added_tokens.json"
+CHAT_FILE = "chat_template.jinja"
+FILES = (TOKENIZER_FILE, CONFIG_FILE, SPECIALS_FILE, ADDED_FILE, CHAT_FILE)
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"
 _END_OF_TEXT = "<|endoftext|>"
 
@@ -32,8 +34,7 @@ _MERGES_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast", "CodeGenTokenizer
 
 def read_folder(folder: Path) -> dict[str, str]:
     """Return the text of each file that there is in a tokenizer's folder, by name."""
-    names = (TOKENIZER_FILE, CONFIG_FILE, SPECIALS_FILE, ADDED_FILE)
-    return {name: read_file(folder / name) for name in names if (folder / name).exists()}
+    return {name: read_file(folder / name) for name in FILES if (folder / name).exists()}
 
 
 def as_opened(files: dict[str, str], folder: Path, classes: Container[str]) -> dict[str, str]:
@@ -105,6 +106,8 @@ def without_tokens(text: str, name: str, tokens: Container[str]) -> str:
         content = value.get("content") if isinstance(value, dict) else value
         return not (isinstance(content, str) and content in tokens)
 
+    if name == CHAT_FILE:
+        return text
     values = parse_json(text, name)
     if name == TOKENIZER_FILE:
         values["added_tokens"] = [token for token in values.get("added_tokens") or [] if is_kept(token)]
@@ -118,6 +121,29 @@ def without_tokens(text: str, name: str, tokens: Container[str]) -> str:
             elif isinstance(values.get(key), list):
                 values[key] = [value for value in values[key] if is_kept(value)]
     return json.dumps(values, ensure_ascii=False, indent=2)
+
+
+def chat_template_of(files: dict[str, str]) -> str | None:
+    """Return the template of conversations that a folder has, None without one; of several the default.
+
+    Raises:
+        ValueError: Two files disagree, or the template is no text.
+    """
+    said = parse_json(files.get(CONFIG_FILE, "{}"), CONFIG_FILE).get("chat_template")
+    if isinstance(said, list):
+        named = {one.get("name"): one.get("template") for one in said if isinstance(one, dict)}
+        said = named.get("default")
+        if said is None:
+            raise ValueError(f"chat_template in {CONFIG_FILE} is a list, and none of it is called default")
+    if not isinstance(said, str | None):
+        raise ValueError(f"chat_template in {CONFIG_FILE} is a {type(said).__name__}, and must be a text")
+    own = files.get(CHAT_FILE)
+    if own is not None and said is not None and own != said:
+        raise ValueError(
+            f"{CHAT_FILE} and chat_template in {CONFIG_FILE} are two templates; take out the one that is "
+            "not meant"
+        )
+    return said if own is None else own
 
 
 def is_plain_piece(model: dict[str, Any], id: int) -> bool:

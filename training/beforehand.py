@@ -40,6 +40,11 @@ def refuse_mistakes(config: Config, made_here: bool = False) -> Precision:
         raise ValueError(
             "--data.validation_one_in 0 would validate on the training files; only --overfit may"
         )
+    if config.model.n_experts and train.base is None:
+        raise ValueError(
+            f"--model.n_experts is {config.model.n_experts}, and nothing here balances experts that are "
+            "trained from scratch; give --base a model that has them"
+        )
     precision = choose_precision(choose_device(train.device), train.precision)
     weight_dtype = torch.float32
     if train.base is not None and config.lora.r:

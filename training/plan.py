@@ -16,17 +16,23 @@ best checkpoint's model too, and an n-gram model of the training files, and may 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from dataclasses import asdict, dataclass, replace
 
 from config import BASE_ROW, Config, ModelConfig
 from config.files import own_module
+from modules.precision import choose_device, choose_precision
 from pretrained.load import described
 from training.beforehand import refuse_mistakes
+from training.run import resolved_format
 
 # Resident memory differs by some per cent from process to process, as the allocator finds room: by the line
 # through one and three blocks, estimates of 24 blocks differed by up to 30%.
 DEPTHS = (2, 8)
+BITS = {"fp32": 32.0, "bf16": 16.0, "nf4": 4.127}  # a weight of the blocks; see modules/quantized_linear.py
+WIDE_DEPTHS = (1, 2)  # of a model whose blocks have more than WIDE_BLOCK weights, as those with experts have
+WIDE_BLOCK = 300_000_000
 WHOLE = 50_000_000  # Weights: a model with at most as many is measured with all of its blocks.
 
 
@@ -52,10 +58,10 @@ class Cost:
     micro_seconds: float
     update_seconds: float
 
-    def at(self, other: Cost, n: int) -> Cost:
-        """Return the cost of n blocks, on the line through this (DEPTHS[0]) and the other (DEPTHS[1])."""
+    def at(self, other: Cost, n: int, depths: tuple[int, int]) -> Cost:
+        """Return the cost of n blocks, on the line through this one's and the other's at two depths."""
         first, second = asdict(self), asdict(other)
-        share = (n - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
+        share = (n - depths[0]) / (depths[1] - depths[0])
         # A block takes no less than nothing; clocks on a busy machine may say otherwise.
         return Cost(
             **{key: max(first[key] + share * (second[key] - first[key]), first[key]) for key in first}
@@ -121,17 +127,50 @@ def plan(config: Config) -> Plan:
     rows = config.train.row_length or (
         model.block_size if family is None else min(BASE_ROW, model.block_size)
     )
-    whole = model.n_layer <= DEPTHS[1] or estimated_weights(model) <= WHOLE
-    depths = (model.n_layer,) if whole else DEPTHS
+    if family is not None:
+        refuse_too_large(config, model)
+    two = WIDE_DEPTHS if block_weights(model) > WIDE_BLOCK else DEPTHS
+    whole = model.n_layer <= two[1] or estimated_weights(model) <= WHOLE
+    depths = (model.n_layer,) if whole else two
     first, *others = (_measured(config, model, family, n, rows) for n in depths)
-    cost = first.at(others[0], model.n_layer) if others else first
+    cost = first.at(others[0], model.n_layer, two) if others else first
     return Plan(cost, model.n_layer, depths, rows, config)
 
 
 def estimated_weights(model: ModelConfig) -> int:
     """Return about how many weights a model has, with a feed-forward of three matrices and an untied head."""
-    block = model.n_embd * (4 * model.n_embd + 3 * model.n_inner)
-    return model.n_layer * block + 2 * model.vocab_size * model.n_embd
+    return model.n_layer * block_weights(model) + 2 * model.vocab_size * model.n_embd
+
+
+def block_weights(model: ModelConfig) -> int:
+    """Return about how many weights a block has."""
+    return model.n_embd * (4 * model.n_embd + 3 * model.n_inner * max(1, model.n_experts))
+
+
+def refuse_too_large(config: Config, model: ModelConfig) -> None:
+    """Raise ValueError, with both numbers, for frozen weights that the machine's memory does not hold.
+
+    Blocks are measured in the memory of this machine; a GPU tells by itself what it does not hold.
+    """
+    if not config.lora.r or choose_device(config.train.device).type != "cpu":
+        return
+    dtype = choose_precision(choose_device(config.train.device), config.train.precision).dtype
+    weight_format = resolved_format(config.train.base_format, dtype)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = {name: frozen_bytes(model, name) for name in BITS}
+    if needed[weight_format] > there:
+        raise ValueError(
+            f"the frozen weights take about {needed[weight_format] / 1e9:.0f} GB as {weight_format}, and "
+            f"this machine has {there / 1e9:.0f} GB; as nf4 they take {needed['nf4'] / 1e9:.0f} GB "
+            "(--base_format nf4)"
+        )
+
+
+def frozen_bytes(model: ModelConfig, weight_format: str) -> float:
+    """Return about how many bytes the frozen weights of a base take, embedding and head in 16 bits or 32."""
+    tables = (1 if model.tie_embeddings else 2) * model.vocab_size * model.n_embd
+    blocks = model.n_layer * block_weights(model)
+    return blocks * BITS[weight_format] / 8 + tables * (4 if weight_format == "fp32" else 2)
 
 
 def shape_of(config: Config) -> tuple[ModelConfig, str | None]:

@@ -24,7 +24,17 @@ from guards.reference.mistakes import Explanations, Inputs, in_block, in_embeddi
 from guards.reference.observed import Seen, observed, run_weights
 from guards.subject import GuardSubject, is_large, scales_of_adapters
 from modules.dropout import Dropout
-from reference.forward import Rows, block, embedding, head, next_tokens, nll_of, norm, objective_of
+from reference.forward import (
+    Rows,
+    block,
+    embedding,
+    head,
+    is_sure,
+    next_tokens,
+    nll_of,
+    norm,
+    objective_of,
+)
 
 TOKENS = 40  # Of a row: two documents of different lengths, and rotations that are some turns apart.
 WIDEST_WINDOW = 256  # A row is made longer than a sliding window of up to so many tokens.
@@ -128,7 +138,7 @@ class ForwardComparison:
         """Compare every stage of a block that can be observed."""
         x = self.one(run, f"block {layer}, input").double().cpu()
         inputs = Inputs(self.config, self.weights, layer, x, run.rows)
-        scores, sharpened = 0.0, 1.0
+        scores, sharpened, sure = 0.0, 1.0, torch.tensor(True)
         for number, (stage, expected) in enumerate(block(*vars(inputs).values()).items()):
             name = f"block {layer}, {stage}"
             if stage == "keys":
@@ -137,6 +147,11 @@ class ForwardComparison:
                 sharpened = max(sharpened, _sharpened(self.config, expected))
             tolerance = self.rounding(run, number + 2, scores) * sharpened
             tolerance += _of_angles(stage in ("queries", "keys"), run.rows)
+            if stage == "MLP norm" and self.config.n_experts:
+                sure = is_sure(self.config, self.weights, f"blocks.{layer}.mlp", expected, tolerance)
+            elif stage in ("MLP output", "residual") and self.config.n_experts and name in run.seen.calls:
+                # Where two experts are nearly equally good, rounding decides which of them a token gets.
+                expected = expected.where(sure, self.one(run, name).double().cpu())
             if name in run.seen.calls:
                 self.stage(run, name, expected, tolerance, partial(in_block, inputs, stage, expected))
 

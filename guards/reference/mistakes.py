@@ -57,7 +57,15 @@ class Renamed(Mapping[str, Tensor]):
 def other_settings(config: ModelConfig) -> dict[str, ModelConfig]:
     """Return, by what it means, settings of which one is not that of the run."""
     swapped = {"half": "interleaved", "interleaved": "half"}
+    of_experts: dict[str, dict] = {}
+    if config.n_experts:
+        divided = config.chosen_sum_to_one
+        meaning = "not divided by their sum" if divided else "divided by their sum"
+        of_experts[f"the shares of the chosen experts {meaning}"] = {"chosen_sum_to_one": not divided}
+    if config.n_chosen > 1:
+        of_experts["one expert fewer chosen"] = {"n_chosen": config.n_chosen - 1}
     changes: dict[str, dict] = {
+        **of_experts,
         "the norm's epsilon left out": {"norm_eps": 0.0},
         "the norm's epsilon 1e-5": {"norm_eps": 1e-5},
         "the norm's epsilon 1e-6": {"norm_eps": 1e-6},

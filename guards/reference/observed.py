@@ -214,7 +214,8 @@ def _observe_block(
                 outputs(module, f"block {layer}, {stage}")
     with contextlib.suppress(AttributeError):
         inputs(block.get_submodule("mlp_norm"), f"block {layer}, residual after attention")
-    inputs(block.get_submodule("mlp.down"), f"block {layer}, MLP inner")
+    with contextlib.suppress(AttributeError):  # Experts have no inner state in common.
+        inputs(block.get_submodule("mlp.down"), f"block {layer}, MLP inner")
 
 
 def _noting(attend: Callable[..., Tensor], seen: Seen, layer: int) -> Callable[..., Tensor]:
