@@ -58,10 +58,12 @@ def twins() -> dict[str, str]:
     return {}
 
 
+def twin_of(plant: PlantedFault) -> str:
+    return repr((plant.settings, plant.resumed))
+
+
 # Neighbours share their healthy twin.
-@pytest.mark.parametrize(
-    "plant", sorted(PLANTED_FAULTS, key=lambda p: repr((p.settings, p.resumed))), ids=lambda plant: plant.name
-)
+@pytest.mark.parametrize("plant", sorted(PLANTED_FAULTS, key=twin_of), ids=lambda plant: plant.name)
 @pytest.mark.usefixtures("base_copied")
 def test_a_planted_fault_is_caught_and_its_twin_passes(plant: PlantedFault, twins: dict[str, str]) -> None:
     (result,) = run_planted([plant], twins)
