@@ -36,13 +36,13 @@ from training.loop import TrainingManager
 
 @pytest.fixture(scope="module")
 def folder(planted: Path) -> Path:
-    """Of healthy runs, each of which makes a folder of its own in it."""
+    """The folder of the corpora that healthy runs share; each run makes a folder of its own in it."""
     return planted
 
 
 @pytest.fixture
 def own_folder(planted: Path, tmp_path: Path) -> Path:
-    """Of runs with a fault, which may be in what they build."""
+    """A copy of the corpora for one run with a fault, which may spoil what the run builds from them."""
     copy_planted(planted, tmp_path)
     return tmp_path
 
