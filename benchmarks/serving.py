@@ -15,8 +15,6 @@ with random weights. Every figure is a ratio of two times of one run, the median
   step each over that with proposals, once all wrong and once all right;
 - `cancel`: the time that reading 4,096 tokens takes, over the time from `cancel` to the end of the step in
   which such a prompt is gone.
-
-Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations

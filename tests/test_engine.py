@@ -358,6 +358,18 @@ def test_memory_is_a_bound_that_waiting_requests_keep():
     assert all(one.result()[0].finish_reason == "length" for one in handles)
 
 
+def test_a_long_request_makes_the_rows_of_short_ones_as_long():
+    """Two rows of 10 + 64 columns take 37,888 bytes, and as long as the long request needs them 48,128."""
+    engine = Engine(scrambled(SMALL), limits=EngineLimits(most_bytes=40_000))
+    short = engine.add(Request([1, 2], greedy(8)))
+    engine.step()
+    long = engine.add(Request([3] * 20, greedy(10)))
+    engine.step()
+    assert engine.queue.waiting == [long] and not short.done
+    run(engine)
+    assert short.done and long.done
+
+
 @pytest.mark.parametrize("at_start", [True, False])
 def test_nan_ends_the_request_that_met_it_with_its_place(at_start):
     model = scrambled(MODELS["learned"])

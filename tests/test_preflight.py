@@ -36,13 +36,13 @@ from training.loop import TrainingManager
 
 @pytest.fixture(scope="module")
 def folder(planted: Path) -> Path:
-    """Of healthy runs, each of which makes a folder of its own in it."""
+    """The folder of the corpora that healthy runs share; each run makes a folder of its own in it."""
     return planted
 
 
 @pytest.fixture
 def own_folder(planted: Path, tmp_path: Path) -> Path:
-    """Of runs with a fault, which may be in what they build."""
+    """A copy of the corpora for one run with a fault, which may spoil what the run builds from them."""
     copy_planted(planted, tmp_path)
     return tmp_path
 
@@ -58,10 +58,12 @@ def twins() -> dict[str, str]:
     return {}
 
 
+def twin_of(plant: PlantedFault) -> str:
+    return repr((plant.settings, plant.resumed))
+
+
 # Neighbours share their healthy twin.
-@pytest.mark.parametrize(
-    "plant", sorted(PLANTED_FAULTS, key=lambda p: repr((p.settings, p.resumed))), ids=lambda plant: plant.name
-)
+@pytest.mark.parametrize("plant", sorted(PLANTED_FAULTS, key=twin_of), ids=lambda plant: plant.name)
 @pytest.mark.usefixtures("base_copied")
 def test_a_planted_fault_is_caught_and_its_twin_passes(plant: PlantedFault, twins: dict[str, str]) -> None:
     (result,) = run_planted([plant], twins)
@@ -82,7 +84,7 @@ def test_without_a_guard_the_selftest_is_red(name: str, monkeypatch: pytest.Monk
 
 def disable(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "live":
-        monkeypatch.setattr(FirstSteps, "after", lambda *args: None)
+        monkeypatch.setattr(FirstSteps, "after", lambda *args, **named: None)
     else:
         others = {other: guard for other, guard in guards_preflight.GUARDS.items() if other != name}
         monkeypatch.setattr(guards_preflight, "GUARDS", others)  # An entry put back would come last.
@@ -193,7 +195,7 @@ def test_guards_change_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch, se
     """A run with every guard and one with none have the same weights, bit for bit, dropout included."""
     with_guards = final_weights(small_config(folder, settings))
     monkeypatch.setattr(guards_preflight, "GUARDS", {})
-    monkeypatch.setattr(FirstSteps, "after", lambda *args: None)
+    monkeypatch.setattr(FirstSteps, "after", lambda *args, **named: None)
     monkeypatch.setattr(FirstSteps, "_compare_sizes", lambda self: None)
     without = final_weights(small_config(folder, settings))
     assert all(torch.equal(p, without[name]) for name, p in with_guards.items())

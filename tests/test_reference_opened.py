@@ -113,11 +113,11 @@ def test_a_cache_that_cannot_be_written_is_no_error(models: dict[str, Path], tmp
 
 def transposed(right: Callable[..., Any]) -> Callable[..., Any]:
     def wrong(settings: Any) -> Any:
-        model, tokenizer = right(settings)
+        found = right(settings)
         with torch.no_grad():
-            out = model.blocks[0].attention.out.weight
+            out = found[0].blocks[0].attention.out.weight
             out.copy_(out.t().clone())
-        return model, tokenizer
+        return found
 
     return wrong
 
@@ -178,7 +178,7 @@ def test_the_command_ends_in_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(opens, "open_model", transposed(opens.open_model))
+    monkeypatch.setattr(opens, "opened", transposed(opens.opened))
     with pytest.raises(SystemExit) as ended:
         door.main(["--model", str(models["published"]), "--cache", str(tmp_path), *own])
     assert ended.value.code == 2

@@ -102,7 +102,7 @@ def test_every_setting_is_read(planted: Path, tmp_path: Path, monkeypatch: pytes
 def test_a_setting_that_is_set_and_never_read_is_named(planted: Path, tmp_path: Path) -> None:
     """Planted: a schedule that is stored, saved and watched, and never used."""
     copy_planted(planted, tmp_path)
-    allow = {"train": {"allow": ("schedule-ignored",), "samples": 0}}
+    allow = {"train": {"allow": ("schedule-ignored", "differs-from-reference"), "samples": 0}}
     config = small_config(tmp_path, allow | {"optimizer": {"cooldown": 0.1}})
     schedule = {"optimizer.schedule", "optimizer.warmup_steps", "optimizer.cooldown"}
     with reads_noted() as noted:

@@ -48,6 +48,7 @@ from training.checkpoint import (
     step_folders,
     verify,
 )
+from training.runfolder import found_from_anywhere
 
 LONGEST_BLOCK = 2**20  # Tokens in a run to open: a table of positions is not among its weights.
 MOST_NEW_TOKENS = 10_000  # In a stranger's adapter.
@@ -128,8 +129,7 @@ def with_base_config(config: Config, base: Pretrained, tokenizer: Tokenizer, dty
         own = own if value is None else replace(own, **{key: value})
     row_length = config.train.row_length or min(BASE_ROW, own.block_size)
     revision = base.revision or config.train.base_revision
-    folder = Path(str(config.train.base))
-    place = str(folder.resolve()) if folder.is_dir() else config.train.base  # It is found from any folder.
+    place = found_from_anywhere(str(config.train.base))
     train = replace(config.train, base=place, row_length=row_length, base_revision=revision)
     if config.lora.r and train.base_format == "auto":
         train = replace(train, base_format=resolved_format(train.base_format, dtype))
@@ -360,7 +360,7 @@ def load_run(
             f"{config.model.vocab_size}; restore both from a copy"
         )
     if base is not None:
-        config = replace(config, train=replace(config.train, base=base))
+        config = replace(config, train=replace(config.train, base=found_from_anywhere(base)))
     opened = _base_of_run(config, fingerprints) if config.lora.r else None
     if opened is None:
         _refuse_giant(config.model, manifest)

@@ -171,12 +171,16 @@ def refuse_changes(folder: Path, config: Config) -> None:
             )
 
 
+def found_from_anywhere(base: str) -> str:
+    """Return a base as it is found from any folder: a hub's id as it is, a folder as a whole path."""
+    return str(Path(base).resolve()) if Path(base).is_dir() else base
+
+
 def note_base(folder: Path, base: str | None) -> None:
     """Write down where the base of a run lies now: whoever opens the run looks for it there."""
     if base is not None:
         path = folder / "config.yaml"
-        place = str(Path(base).resolve()) if Path(base).is_dir() else base
-        saved = read_yaml(path) | {"base": place}
+        saved = read_yaml(path) | {"base": found_from_anywhere(base)}
         write_atomically(path, yaml.safe_dump(saved, sort_keys=False))
 
 

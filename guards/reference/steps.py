@@ -7,7 +7,7 @@ that of large parameters a sample is enough; Muon's matrices are derived whole.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from reference import optimizers, update
 ELEMENTS = 2**13  # Of each parameter that AdamW moves.
 PRODUCTS = 5e8  # Multiplications in fp64 for Muon's polynomials in one update: 0.05 s on two cores.
 FP32 = 2.0**-24  # The largest relative error of one rounding.
+MOST_LOST = 1e-3  # of a norm, by a sum in fp32; more is no rounding
 LEAST = 2.0**-149  # The least number of fp32 above zero, to whose multiples tiny ones are rounded.
 POLAR_GAIN = math.prod(a for a, _, _ in optimizers.POLAR_EXPRESS)  # By which the least singular values grow.
 
@@ -58,8 +59,7 @@ class Steps:
     def compare_clip(self, where: str, found: ObservedUpdate) -> None:
         """Compare the gradient's norm, and the gradients that the optimizers used, with the clip."""
         norm = update.global_norm(found.gradients)
-        numbers = sum(gradient.numel() for gradient in found.gradients.values())
-        tolerance = FP32 * (8 + math.sqrt(numbers))
+        tolerance = norm_tolerance(found.gradients)
         self.comparison.close(
             f"{where}, norm of all gradients",
             torch.tensor(found.logged["train/grad_norm"]),
@@ -129,6 +129,20 @@ class Steps:
         steps = torch.tensor(count, dtype=torch.float64)
         self.moments[name] = {"exp_avg": mean, "exp_avg_sq": square, "step": steps}
         return after
+
+
+def norm_tolerance(gradients: Mapping[str, Tensor]) -> float:
+    """Return by how much rounding may change the norm of all gradients, relative to it.
+
+    On a CPU torch adds up the squares of a tensor one after another in fp32, and of many that are alike each
+    is rounded to the same side: of 64,000 numbers by 2e-5. So what a sum in fp32 loses is seen by making one.
+    """
+    numbers, lost = 0, 0.0
+    for gradient in gradients.values():
+        numbers += gradient.numel()
+        exact = float(gradient.double().norm())
+        lost = max(lost, abs(float(torch.linalg.vector_norm(gradient.float())) / max(exact, LEAST) - 1))
+    return FP32 * (8 + math.sqrt(numbers)) + min(2 * lost, MOST_LOST)
 
 
 def moment_tolerance(known: Tensor | None, gradient: Tensor, expected: Tensor, key: str) -> float:
