@@ -152,7 +152,8 @@ class LoraConfig:
         init: `default` (A random, B zero) or `pissa` (the base's largest singular parts, arXiv:2404.02948).
         bias: Biases that train: `none`, `all`, or `lora_only`, those of modules with an adapter.
         train_modules: Modules that are trained as a full copy and saved with the adapter, by published name.
-        new_tokens: Tokens that are added to the tokenizer; of embedding and head only their rows train.
+        new_tokens: Tokens that are added to the tokenizer, where it has not set them aside for gaps; of
+            embedding and head only their rows train.
         lr_ratio: B's learning rate over A's (LoRA+, arXiv:2402.12354).
     """
 

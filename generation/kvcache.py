@@ -110,8 +110,10 @@ class KVCache:
         lengths = [part.length - first for part, first in zip(parts, firsts, strict=True)]
         length = max(lengths)
 
-        def joined(buffers: Sequence[Tensor | None], dim: int, fill: int) -> Tensor:
+        def joined(buffers: Sequence[Tensor | None], dim: int, fill: int) -> Tensor | None:
             there = [buffer for buffer in buffers if buffer is not None]
+            if not there:  # A layer that was left out of a model, by a guard that looks at some blocks.
+                return None
             shape = [sum(part.rows for part in parts), *there[0].shape[1:]]
             shape[dim] = self.max_length
             new, row = there[0].new_empty(shape), 0
@@ -126,6 +128,7 @@ class KVCache:
         for layer in range(len(self._keys)):
             self._keys[layer] = joined([part._keys[layer] for part in parts], 2, 0)
             self._values[layer] = joined([part._values[layer] for part in parts], 2, 0)
+        assert documents is not None, "every row has read a token"
         self._documents, self.rows, self.length = documents, len(documents), length
         self._mixed = self._holds_several()
 

@@ -150,7 +150,8 @@ class FirstSteps:
             self.still -= {name for name in self.still & given.keys() if given[name].any()}
             self.pulled |= self.frozen.keys() & given.keys()
         if not self.clip_acted:
-            gradients = [p.grad for p in self.subject.model.parameters() if p.grad is not None]
+            groups = [group for o in self.subject.optimizers for group in o.param_groups]
+            gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
             self.norm = max(self.norm, float(torch.nn.utils.get_total_norm(gradients)))
 
     def after(self, progress: float, skipped: bool = False) -> bool:

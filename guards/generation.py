@@ -10,7 +10,7 @@ from torch import Tensor
 from architecture import Decoder
 from generation.engine import generate_ids
 from generation.settings import GenerationConfig
-from generation.text import generate
+from generation.text import generate, requested_prompt
 from guards.faults import Fault
 from guards.subject import GuardSubject, tokens_of_a_pass, with_nonzero_weights
 
@@ -138,11 +138,13 @@ def beam_faults(model: Decoder, prompts: list[list[int]]) -> Iterator[Fault]:
 
 
 def echo_faults(subject: GuardSubject, prompt: list[int]) -> Iterator[Fault]:
-    """See that a completion does not begin with its prompt."""
+    """See that a completion does not begin with its prompt, nor with it less as much as was healed."""
     text = subject.tokenizer.decode(prompt)
     settings = GenerationConfig(max_new_tokens=new_tokens(subject.model))
-    (completion,) = generate(subject.model, subject.tokenizer, [text], settings)
-    if text.strip() and completion.text.startswith(text):
+    asked = requested_prompt(subject.tokenizer, text, None, settings.heal)
+    healed = len(text) - len(subject.tokenizer.decode(asked.ids))
+    (completion,) = generate(subject.model, subject.tokenizer, [asked], settings)
+    if text[healed:].strip() and completion.text.startswith((text, text[healed:])):
         yield Fault(
             "prompt-in-prediction",
             f"a prediction of {settings.max_new_tokens} tokens begins with its own prompt {text[:40]!r}",

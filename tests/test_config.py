@@ -177,7 +177,6 @@ def test_a_file_may_hold_one_group(tmp_path: Path) -> None:
         (["--data.source", ""], "data.source is ''"),
         (["--data.loss_on", "prompt"], "completion"),
         (["--data.fim_rate", "1.5"], "data.fim_rate is 1.5; it must be at most 1"),
-        (["--data.fim_rate", "0.5"], "data.fim_rate is set, but only base or tokenizer.path brings"),
         (["--model.n_embd", "10"], "model.n_embd 10 is not a multiple of model.n_head 3"),
     ],
 )

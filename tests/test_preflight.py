@@ -327,7 +327,7 @@ def test_an_adapter_of_the_head_that_drops_much_is_no_alarm(folder: Path) -> Non
     config = small_config(folder, merged(ON_THE_HEAD, {"optimizer": {"lr": 0.02}}))
     assert outcome(config) == ""
     gone_on = dataclasses.replace(config.train, resume=True, max_steps=7)
-    assert sizes_of(dataclasses.replace(config, train=gone_on)) == pytest.approx([1], abs=0.09)
+    assert sizes_of(dataclasses.replace(config, train=gone_on)) == pytest.approx([1], abs=0.12)
 
 
 def test_a_pass_that_bears_no_loss_has_no_size(folder: Path) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_recipes import tiny
 
+from adapters.layers import TrainableRows
+from config import Config
 from data.fim import fim_prompt_ids, known_markers
+from pretrained import load_pretrained
 from recipes.__main__ import main
 from recipes.fastapi import (
     FastapiSettings,
@@ -23,7 +27,9 @@ from recipes.fastapi import (
     row_of,
     splits_of,
 )
-from tokenizer import BPETokenizer, PretrainedTokenizer
+from tokenization import bpe
+from tokenizer import GAPS, BPETokenizer, PretrainedTokenizer
+from training.run import starting_model, starting_tokenizer
 
 FILE = (
     "from fastapi import FastAPI\n\napp = FastAPI()\n\n\n@app.get('/')\ndef root(\n):\n    return {'a': 1}\n"
@@ -48,7 +54,10 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def plain() -> BPETokenizer:
-    return BPETokenizer.train([page(n) for n in range(5)], 400)
+    """As one from before every tokenizer had tokens for gaps."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(bpe, "GAPS", ())
+        return BPETokenizer.train([page(n) for n in range(5)], 400)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +65,17 @@ def marked(plain: BPETokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pre
     folder = tmp_path_factory.mktemp("tokenizer")
     plain.save(folder)
     return PretrainedTokenizer.load(folder).with_tokens(("<fim_prefix>", "<fim_suffix>", "<fim_middle>"))
+
+
+def test_markers_that_a_base_has_set_aside_keep_their_ids_and_their_rows_train(tmp_path: Path) -> None:
+    own = BPETokenizer.train([page(n) for n in range(5)], 400)
+    base = load_pretrained(str(tiny("codegen", own, tmp_path / "base")))
+    config = Config.from_dict({"base": str(tmp_path / "base"), "lora": {"r": 2, "new_tokens": GAPS}})
+    tokenizer = starting_tokenizer(config, base)
+    assert known_markers(tokenizer) == known_markers(own) and tokenizer.vocab_size == own.vocab_size
+    model = starting_model(replace(config, model=base.model.config), base, tokenizer)
+    rows = [m.ids.tolist() for m in model.modules() if isinstance(m, TrainableRows)]
+    assert rows == [[own.token_id(token) for token in GAPS]] * 2  # of the embedding and of the head
 
 
 def rows(folder: Path) -> dict[str, list[dict]]:

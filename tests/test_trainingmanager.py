@@ -659,6 +659,7 @@ def test_a_run_from_before_the_test_split_goes_on_without_one(
     later += [f"model.rope_{name}" for name in of_rope]
     of_families = ("unrotated_layers", "fused_gate", "attention_scale", "embed_scale", "residual_scale")
     later += [f"model.{name}" for name in (*of_families, "logit_divisor")]
+    later += ["model.n_experts", "model.n_chosen", "model.chosen_sum_to_one"]
     fixed = {
         key: value for key, value in values.items() if SETTINGS[key].on_resume == REFUSED and key not in later
     }

@@ -34,7 +34,7 @@ from pretrained.load import TOKENIZER
 from pretrained.load_adapter import adapter_base, load_adapter, stored_vocabulary
 from pretrained.save import save_tokenizer
 from pretrained.save_adapter import save_adapter
-from tokenizer import BPETokenizer, PretrainedTokenizer, Tokenizer, load_tokenizer
+from tokenizer import GAPS, BPETokenizer, PretrainedTokenizer, Tokenizer, load_tokenizer
 from training.checkpoint import (
     Manifest,
     checkpoints,
@@ -172,7 +172,9 @@ def starting_tokenizer(config: Config, base: Pretrained) -> Tokenizer:
     if base.tokenizer is not None:
         _refuse_other_tokenizer(tokenizer, base.tokenizer, str(path), str(config.train.base))
     tokenizer = tokenizer.with_start()
-    if not config.lora.new_tokens:
+    # Those for a gap keep their ids, which every tokenizer that is trained here sets aside: their rows train.
+    new = [t for t in config.lora.new_tokens if t not in GAPS or tokenizer.token_id(t) is None]
+    if not new:
         return tokenizer
     if isinstance(tokenizer, BPETokenizer):  # The base was trained here.
         with tempfile.TemporaryDirectory() as folder:
@@ -186,10 +188,8 @@ def starting_tokenizer(config: Config, base: Pretrained) -> Tokenizer:
         )
     # Tokens that the tokenizer of `tokenizer.path` has added have their ids already, and are new to the base.
     known = None if base.tokenizer is None else base.tokenizer.vocab_size
-    there = (
-        [] if known is None else [t for t in config.lora.new_tokens if (tokenizer.token_id(t) or 0) >= known]
-    )
-    return tokenizer.with_tokens(token for token in config.lora.new_tokens if token not in there)
+    there = [] if known is None else [t for t in new if (tokenizer.token_id(t) or 0) >= known]
+    return tokenizer.with_tokens(token for token in new if token not in there)
 
 
 def gaps_began_bare(folder: Path) -> bool:
