@@ -164,6 +164,18 @@ def corpus(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def unguarded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the guards before training, two thirds of a tiny run, but for tests marked guarded.
+
+    For files whose runs are a means: tests/test_preflight.py and others hold what guards do.
+    """
+    from guards import preflight  # It imports torch.
+
+    if not request.node.get_closest_marker("guarded"):
+        monkeypatch.setattr(preflight, "GUARDS", {})
+
+
 @pytest.fixture(scope="session")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The corpora of the planted faults, with their base, made once: tests only add runs, or copy it."""

@@ -53,6 +53,7 @@ from training.begin import train
 from training.loop import TrainingManager
 from training.run import export_adapter, load_run, open_adapted, starting_tokenizer, with_base_config
 
+pytestmark = pytest.mark.usefixtures("unguarded")
 TOKENS = torch.arange(24).view(2, 12)
 SHAPE = ModelConfig(
     block_size=64,
@@ -215,6 +216,7 @@ def test_a_run_in_bf16_opens_in_fp32_but_for_its_rounding(config: Config) -> Non
     torch.testing.assert_close(logits(run.model), logits(manager.model).float(), rtol=0.02, atol=0.01)
 
 
+@pytest.mark.guarded
 def test_a_resumed_run_equals_one_that_was_never_stopped(config: Config, tmp_path: Path) -> None:
     config = other(config, "optimizer", schedule="constant")  # others follow the budget, which differs
     whole = train(config)
@@ -246,6 +248,7 @@ def test_another_base_is_refused_by_resume_and_by_evaluation(config: Config) -> 
         load_run(manager.folder)
 
 
+@pytest.mark.guarded
 def test_weights_that_know_nothing_are_refused(config: Config) -> None:
     with pytest.raises(Fault, match="worse-than-unigram: the loaded weights have loss"):
         train(other(config, allow=()))
@@ -320,6 +323,7 @@ def drawn_base(folder: Path, like: Path, **settings: Any) -> Path:
     return folder
 
 
+@pytest.mark.guarded
 def test_a_new_token_that_does_not_occur_stops_no_run(
     config: Config, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -461,12 +465,14 @@ def test_dropout_is_the_bases_unless_it_is_given(config: Config) -> None:
     assert load_run(manager.folder).config.model.attention_dropout == 0.3
 
 
+@pytest.mark.guarded
 def test_a_run_that_a_guard_refuses_leaves_its_folder_free(config: Config) -> None:
     with pytest.raises(Fault):
         train(other(config, allow=()))
     assert not Path(config.train.run).exists()
 
 
+@pytest.mark.guarded
 def test_a_base_in_4_bits_that_moves_is_seen(config: Config) -> None:
     right = loop.build_optimizers
 

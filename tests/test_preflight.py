@@ -62,8 +62,17 @@ def twin_of(plant: PlantedFault) -> str:
     return repr((plant.settings, plant.resumed))
 
 
-# Neighbours share their healthy twin.
-@pytest.mark.parametrize("plant", sorted(PLANTED_FAULTS, key=twin_of), ids=lambda plant: plant.name)
+def one_of_each_name() -> list[Any]:
+    """All of them; of those that are caught by one name all are slow but that of the plainest run."""
+    plain = sorted(PLANTED_FAULTS, key=lambda plant: (plant.resumed, len(twin_of(plant))))
+    kept = {plant.expected: plant for plant in reversed(plain)}.values()
+    return [
+        plant if plant in kept else pytest.param(plant, marks=pytest.mark.slow)
+        for plant in sorted(PLANTED_FAULTS, key=twin_of)  # Neighbours share their healthy twin.
+    ]
+
+
+@pytest.mark.parametrize("plant", one_of_each_name(), ids=lambda plant: plant.name)
 @pytest.mark.usefixtures("base_copied")
 def test_a_planted_fault_is_caught_and_its_twin_passes(plant: PlantedFault, twins: dict[str, str]) -> None:
     (result,) = run_planted([plant], twins)
@@ -168,17 +177,18 @@ HEALTHY: list[dict[str, dict[str, Any]]] = [
 ]
 
 
-def fewer_shapes() -> list[Any]:
-    """All of them; of those that only choose another shape of model every second is slow."""
+# Each has a kind of position, attention, format, tokenizer, dropout or adapter of its own; others are slow.
+FEW = (2, 6, 7, 8, 9, 14, 17, 19, 21, 23, 31, 32, 34, 37, 38)
+
+
+def few_of_the_healthy() -> list[Any]:
     return [
-        pytest.param(settings, marks=pytest.mark.slow)
-        if number % 2 and settings.keys() == {"model"}
-        else settings
+        settings if number in FEW else pytest.param(settings, marks=pytest.mark.slow)
         for number, settings in enumerate(HEALTHY)
     ]
 
 
-@pytest.mark.parametrize("settings", fewer_shapes(), ids=lambda settings: json.dumps(settings)[:60])
+@pytest.mark.parametrize("settings", few_of_the_healthy(), ids=lambda settings: json.dumps(settings)[:60])
 def test_no_false_alarm_on_a_healthy_configuration(folder: Path, settings: dict[str, dict[str, Any]]) -> None:
     assert outcome(small_config(folder, settings)) == ""
 
@@ -295,6 +305,7 @@ def sizes_of(config: Config) -> list[float]:
     return sizes
 
 
+@pytest.mark.usefixtures("unguarded")
 @pytest.mark.parametrize(("dtype", "apart"), [("float32", 1e-4), ("bfloat16", 0.03), ("float16", 0.01)])
 def test_the_size_of_a_gradient_is_that_of_the_mean(
     folder: Path, dtype: str, apart: float, monkeypatch: pytest.MonkeyPatch
@@ -312,6 +323,7 @@ def test_the_size_of_a_gradient_is_that_of_the_mean(
     assert sizes_of(small_config(folder, settings)) == pytest.approx([1] * 8, abs=apart)
 
 
+@pytest.mark.usefixtures("unguarded")
 def test_a_small_gradient_of_fp16_is_not_lost(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the scaler's scale, that of one of 8,000 tokens is below what fp16 holds."""
     precision = Precision(torch.device("cpu"), torch.float16, "planted")
@@ -368,6 +380,8 @@ def test_guards_leave_no_tensor_behind(folder: Path, monkeypatch: pytest.MonkeyP
         return found
 
     monkeypatch.setattr(guards_preflight, "run_guard", counted)
+    gc.collect()
+    gc.freeze()  # What other tests left is not looked through twenty times.
     assert outcome(small_config(folder, TUNED)) == ""
     assert held == dict.fromkeys(guards_preflight.GUARDS, 0)
 

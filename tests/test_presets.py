@@ -42,7 +42,7 @@ def test_every_preset_is_a_command_line_and_says_what_it_is_for(name: str) -> No
     assert (RECIPES / f"{name}.yaml").read_text("utf-8").startswith(f"# {name}, for ")
 
 
-@pytest.mark.parametrize("name", ["tiny", "small"])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("small", marks=pytest.mark.slow)])
 def test_a_preset_that_is_small_takes_two_steps(name: str, corpus: Path, tmp_path: Path) -> None:
     places = ["--data.source", str(corpus), "--data.cache", str(tmp_path / "cache")]
     words = ["--run", str(tmp_path / "run"), "--data.validation_one_in", "4", "--data.workers", "1"]

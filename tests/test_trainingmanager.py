@@ -51,6 +51,8 @@ from training.run import load_run
 from training.runfolder import claimed_folder, config_fingerprint, new_folder
 from training.state import RunState, budget_used
 
+pytestmark = pytest.mark.usefixtures("unguarded")
+
 
 @pytest.fixture
 def config(corpus: Path, tmp_path: Path) -> Config:
@@ -106,6 +108,7 @@ def test_a_closed_terminal_ends_a_run_unless_nohup_waived_it(
 # --- exactness ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.guarded
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_resumed_equals_uninterrupted(config: Config, tmp_path: Path, name: Any) -> None:
     config = replace(config, optimizer=replace(config.optimizer, name=name, schedule="constant"))
