@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import sysconfig
 from collections.abc import Generator
 from pathlib import Path
@@ -22,6 +23,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side; tiny mo
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
+
+# Compiled tests are kept, whatever the environment says: to compile all of them takes each worker 9 s.
+KEEPS_BYTECODE, sys.dont_write_bytecode = not sys.dont_write_bytecode, False
 
 FILES = {
     f"part{i}.py": f"def f{i}(x, y={i}):\n    total = x * {i} + y\n    return total\n\n\nprint(f{i}({i}))\n"
@@ -67,6 +71,7 @@ def pytest_collection_finish() -> None:
     """Keep the collector off what the imports made: it took a sixth of test_preflight's processor time."""
     gc.collect()
     gc.freeze()
+    sys.dont_write_bytecode = not KEEPS_BYTECODE
 
 
 def has_gpu() -> bool:

@@ -29,6 +29,8 @@ from training.outputs import OUTPUTS, RECORD
 from training.run import load_run
 from trainingmanager import command_line, main
 
+pytestmark = pytest.mark.usefixtures("unguarded")
+
 OLDER = Path(__file__).parent / "files_of_cf0629c"
 LEFT = [OUTPUTS[name] for name in ("scores", "samples", "pictures")]
 

@@ -31,6 +31,8 @@ from training.outputs import outputs_made
 from training.report import report
 from training.run import load_run, open_adapted
 
+pytestmark = pytest.mark.usefixtures("unguarded")
+
 __all__ = ["base", "config"]  # fixtures
 TOKENS = torch.arange(24).view(2, 12)
 

@@ -6,7 +6,7 @@ Imports inside functions and under TYPE_CHECKING count too. Only tests and bench
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import functools
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -53,14 +53,17 @@ def floor_of(name: str) -> int:
         name = name.rpartition(".")[0]
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Yield the dotted names in every import of a file; for `from a import b` both a and a.b."""
+@functools.cache
+def imported(path: Path) -> frozenset[str]:
+    """Return the dotted names in every import of a file; for `from a import b` both a and a.b."""
+    found: list[str] = []
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found.append(node.module)
+            found += (f"{node.module}.{alias.name}" for alias in node.names)
+    return frozenset(found)
 
 
 def arrows() -> dict[str, set[str]]:

@@ -6,7 +6,7 @@ The models are those of the parity tests, small and with every parameter scrambl
 import pytest
 import torch
 from decoders import Bytes
-from test_pretrained import CONFIGS, gap, pairs, tokens_of, two_of_each_family  # noqa: F401
+from test_pretrained import gap, pairs, tokens_of, two_of_each_family  # noqa: F401
 
 from generation.engine import generate_ids
 from generation.kvcache import KVCache
@@ -45,7 +45,7 @@ def n_new(model) -> int:
 @pytest.mark.parametrize(
     "padded", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["padded", "unpadded"]
 )
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", two_of_each_family())
 def test_one_token_at_a_time_equals_reading_at_once(name, padded, pairs):  # noqa: F811
     model = pairs(name).ours
     lengths = SHORT if model.config.rotates_by_length else LENGTHS

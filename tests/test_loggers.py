@@ -32,6 +32,8 @@ from training.loggers import (
     without_secrets,
 )
 
+pytestmark = pytest.mark.usefixtures("unguarded")
+
 Rows = dict[int, dict[str, float]]
 
 

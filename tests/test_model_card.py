@@ -29,6 +29,8 @@ from training.model_card import LIST, Exported, card_of
 from training.report import report
 from training.run import TrainedRun, load_run
 
+pytestmark = pytest.mark.usefixtures("unguarded")
+
 HOSTILE = "</td><script>x</script>|`[a](http://b)\n# c\x1b[2J\u202e\ud800"
 
 

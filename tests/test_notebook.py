@@ -24,6 +24,7 @@ def cells() -> list[str]:
     return ["".join(cell["source"]) for cell in found if cell["cell_type"] == "code"]
 
 
+@pytest.mark.slow  # Their calls are those of docs/python.md, which tests/test_docs.py runs.
 def test_its_lines_run(tmp_path: Path) -> None:
     (tmp_path / "cells.py").write_text("\n".join(cells()), "utf-8")
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "MPLBACKEND": "Agg", "TMPDIR": str(tmp_path)}

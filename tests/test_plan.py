@@ -18,6 +18,8 @@ from training import plan
 from training.loop import TrainingManager
 from training.plan import Cost
 
+pytestmark = pytest.mark.usefixtures("unguarded")
+
 STARCODER_1B = {"model_type": "gpt_bigcode", "n_embd": 2048, "n_layer": 24, "n_head": 16, "n_positions": 8192}
 
 
@@ -77,6 +79,7 @@ def test_a_run_from_scratch_trains_all_of_its_weights() -> None:
     assert 3 * 4 * weights <= cost.trained_bytes <= 4 * 4 * weights + 1000  # Muon keeps one moment, AdamW two
 
 
+@pytest.mark.guarded
 def test_the_child_does_what_a_run_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """The run's own guards, each to its end, updates, validation and checkpoint, in this order."""
     done: list[str] = []

@@ -580,7 +580,7 @@ def test_saving_gives_back_every_byte(name, pairs, tmp_path):
     assert load_pretrained(tmp_path / "out").model.config == pair.ours.config
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", two_of_each_family())
 def test_saving_gives_back_every_byte_of_half_precision(name, dtype, pairs, tmp_path):
     """NaN with its payload, infinities and subnormal numbers among them."""

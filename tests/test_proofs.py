@@ -42,6 +42,7 @@ from training.loop import TrainingManager
 from training.signals import RESUMABLE
 from trainingmanager import main
 
+pytestmark = pytest.mark.usefixtures("unguarded")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 

@@ -11,6 +11,8 @@ import pytest
 from recipes.__main__ import main
 from recipes.completion import CompletionSettings, build, decoders, decoding_table
 
+pytestmark = pytest.mark.usefixtures("unguarded")
+
 WORDS = [
     "alpha",
     "beta",

@@ -31,6 +31,8 @@ from tokenization import bpe
 from tokenizer import GAPS, BPETokenizer, PretrainedTokenizer
 from training.run import starting_model, starting_tokenizer
 
+pytestmark = pytest.mark.usefixtures("unguarded")
+
 FILE = (
     "from fastapi import FastAPI\n\napp = FastAPI()\n\n\n@app.get('/')\ndef root(\n):\n    return {'a': 1}\n"
 )

@@ -36,6 +36,8 @@ from recipes.refactoring import Rewrite, diff, refactored
 from recipes.refactoring import main as refactor_file
 from tokenizer import BPETokenizer
 
+pytestmark = pytest.mark.usefixtures("unguarded")
+
 isolated = pytest.mark.usefixtures("isolated")
 
 

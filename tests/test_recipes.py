@@ -39,6 +39,8 @@ from recipes.training import finish
 from scraping.documents import ScrapedDocument
 from tokenizer import BPETokenizer
 
+pytestmark = pytest.mark.usefixtures("unguarded")
+
 WORDS = "holds the things that a shop of this kind keeps in its many drawers, and counts them whenever asked"
 
 

@@ -15,7 +15,7 @@ from bare_subjects import decoder
 from decoders import scramble
 from pretrained_folders import change_json
 from test_adapter import CASES, scramble_adapters
-from test_pretrained import CONFIGS, TOKENS, Pair, pairs
+from test_pretrained import TOKENS, Pair, pairs, two_of_each_family
 from torch import Tensor
 
 from architecture import Decoder
@@ -38,7 +38,7 @@ NAMED = "differs-from-reference: exported .*; nothing was written. To export all
 # --- published models ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", two_of_each_family())
 def test_the_reference_opens_a_published_folder_as_transformers_does(
     name: str, pairs: Callable[[str], Pair]
 ) -> None:
@@ -74,7 +74,7 @@ def rewritten(model: Decoder, folder: Path, **more: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", two_of_each_family())
 def test_a_healthy_export_of_a_model_passes(
     name: str, dtype: torch.dtype, pairs: Callable[[str], Pair], tmp_path: Path, capsys: Any
 ) -> None:

@@ -7,8 +7,8 @@ docstring says why it has more (it names their number: "nine parameters, as ..."
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,9 +31,10 @@ def files() -> list[Path]:
     return [ROOT / name for name in listed if (ROOT / name).is_file()]
 
 
-def functions(path: Path) -> Iterator[Function]:
-    """Yield every function of a file, with its lines; the docstring of a class speaks for its __init__."""
-    tree = ast.parse(path.read_text("utf-8"))
+@functools.cache
+def functions(path: Path) -> tuple[Function, ...]:
+    """Return every function of a file, with its lines; the docstring of a class speaks for its __init__."""
+    tree, found = ast.parse(path.read_text("utf-8")), list[Function]()
     classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
     of_class = {id(child): ast.get_docstring(node) or "" for node in classes for child in node.body}
     for node in ast.walk(tree):
@@ -45,7 +46,8 @@ def functions(path: Path) -> Iterator[Function]:
             docstring = ast.get_docstring(node) or ""
             if node.name == "__init__":
                 docstring += of_class.get(id(node), "")
-            yield Function(place, lines, len(own), docstring)
+            found.append(Function(place, lines, len(own), docstring))
+    return tuple(found)
 
 
 def is_test(path: Path) -> bool:

@@ -13,8 +13,9 @@ from typing import Any
 
 import optuna
 import pytest
+from commands import command
 from optuna.trial import TrialState
-from sweeping import run, sweep, tiny
+from sweeping import forked_workers, sweep, tiny
 
 from sweeps import budget, trial
 from sweeps import study as studies
@@ -30,7 +31,11 @@ from sweeps.verdict import (
 from sweeps.worker import Worker
 from training.checkpoint import checkpoints
 
+__all__ = ["forked_workers"]  # a fixture, which pytest finds here by its name
+pytestmark = pytest.mark.usefixtures("unguarded")
 
+
+@pytest.mark.guarded
 def test_a_trial_that_cannot_train_is_failed_with_its_reason_and_the_study_goes_on(
     tmp_path: Path, corpus: Path
 ) -> None:
@@ -58,9 +63,11 @@ def test_a_trial_that_cannot_train_is_failed_with_its_reason_and_the_study_goes_
     assert "1 failed: memory is full" in counts(settings, slots)
 
 
+@pytest.mark.guarded
+@pytest.mark.usefixtures("forked_workers")
 def test_a_sweep_of_failures_alone_says_why_and_what_to_do(tmp_path: Path, corpus: Path) -> None:
     words = ("--config", tiny(tmp_path, corpus), "--model.vocab_size", str(4_000), "--trials", "2")
-    done = run(*words, cwd=tmp_path)
+    done = command("hyperparam_tune.py", *words, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     reason = "all 2 trials failed (it stops after 5); the first one: preflight: vocabulary-too-large"
     assert reason in done.stderr
