@@ -81,7 +81,7 @@ class Chat(OpenAI):
         answer.introduced.add(number)
         return self._object(answer, [delta(number, {**role, "content": text}, None)])
 
-    def ended(self, answer: Answer, number: int) -> Any:
+    def ended(self, answer: Answer, number: int, tokenizer: Tokenizer) -> Any:
         made = answer.completions[number]
         assert made is not None, "the text has ended"
         return self._object(answer, [delta(number, {}, finish_reason(made.finish_reason))])

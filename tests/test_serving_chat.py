@@ -29,9 +29,10 @@ def chatting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 @pytest.mark.parametrize("sampled", [{"temperature": 0}, {"temperature": 0.9, "top_p": 0.8, "seed": 3}])
 def test_an_answer_is_that_of_generate(chatting: Running, sampled: dict[str, Any]) -> None:
     service = chatting.service
-    prompt = Prompt(asked_ids(service.tokenizer, messages_of(ASKED)))
+    tokenizer = service.variants[service.name].tokenizer
+    prompt = Prompt(asked_ids(tokenizer, messages_of(ASKED)))
     settings = GenerationConfig(max_new_tokens=24, **sampled)
-    (expected,) = generate(service.model, service.tokenizer, [prompt], settings)
+    (expected,) = generate(service.model, tokenizer, [prompt], settings)
     client, parts = chatting.client(), [{"type": "text", "text": "Add"}, {"type": "text", "text": "."}]
     for messages in (ASKED, [ASKED[0] | {"role": "developer"}, {"role": "user", "content": parts}]):
         asked: dict[str, Any] = {"model": "tiny", "messages": messages, "max_tokens": 24} | sampled
