@@ -29,7 +29,7 @@ def chatting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 @pytest.mark.parametrize("sampled", [{"temperature": 0}, {"temperature": 0.9, "top_p": 0.8, "seed": 3}])
 def test_an_answer_is_that_of_generate(chatting: Running, sampled: dict[str, Any]) -> None:
     service = chatting.service
-    tokenizer = service.variants["tiny"].tokenizer
+    tokenizer = service.variants[service.name].tokenizer
     prompt = Prompt(asked_ids(tokenizer, messages_of(ASKED)))
     settings = GenerationConfig(max_new_tokens=24, **sampled)
     (expected,) = generate(service.model, tokenizer, [prompt], settings)

@@ -6,7 +6,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from generation.settings import GenerationConfig
 from generation.text import generate
 from serving.ending import Ending
 from serving.protocol import compact
+from serving.service import Event
 
 
 @pytest.fixture(scope="module")
@@ -221,14 +222,27 @@ class Held:
         self.going, self.ended, self.threads = threading.Event(), list[str](), list[threading.Thread]()
         step = self.engine.step
         self.engine.step = lambda: self.going.wait(20) and step()  # type: ignore
+        self.name, begin = "", served.service.begin
+
+        def noted(asked: Any, model: str, told: Callable[[Event], None]) -> Any:
+            """Note which request ends when, in the server: threads of clients come in any order."""
+            name = self.name
+
+            def tell(event: Event) -> None:
+                if event.number < 0:
+                    self.ended.append(name)
+                told(event)
+
+            return begin(asked, model, tell)
+
+        served.service.begin = noted  # type: ignore
 
     def ask(self, name: str, path: str, body: dict[str, Any]) -> None:
         """Send a request, which waits."""
-        before = self.served.service.loop.waiting
+        self.name, before = name, self.served.service.loop.waiting
 
         def send() -> None:
             assert post(self.served, body, path).status_code == 200
-            self.ended.append(name)
 
         self.threads.append(threading.Thread(target=send))
         self.threads[-1].start()
