@@ -14,6 +14,8 @@ import pytest
 from test_chat import ASKS, MORE, SHAPES, SYSTEM, folder_of, theirs
 
 from config import DataConfig, TokenizerConfig
+from data import recorded
+from data.cache import read_sealed
 from data.corpus import read_documents
 from data.prepare import prepare_data, prepare_tokenizer, stored_data
 from data.run_documents import RunDocuments
@@ -103,7 +105,8 @@ def test_parquet_and_records_hold_the_same_documents(tmp_path: Path) -> None:
     by_row = list(read_documents(replace(config, source=str(tmp_path / "chat.parquet"))))
     assert by_line == by_row and len(by_line) == 3
     RunDocuments(config).record  # noqa: B018
-    assert RunDocuments(config).record.first_documents == by_line
+    saved = read_sealed(recorded._path(config.resolved()))
+    assert saved is not None and recorded._opened(saved).first_documents == by_line
     derived = list(documents_of_rows(config))
     assert [(d.text, d.prompt, d.group, d.turns) for d in derived] == [
         (d.text, d.prompt, d.group, d.messages) for d in by_line
@@ -143,6 +146,12 @@ def test_without_a_template_nothing_is_trained(tmp_path: Path) -> None:
     (bare / "tokenizer_config.json").write_text(json.dumps(said), "utf-8")
     with pytest.raises(ValueError, match="line 1 is a conversation: the model's tokenizer has no chat"):
         prepare_data(config, opened(bare))
+
+
+def test_what_a_template_refuses_is_named_by_its_line(tmp_path: Path) -> None:
+    tokenizer = opened(folder_of(tmp_path / "t", "mistral"))
+    with pytest.raises(ValueError, match="line 2 cannot be tokenised: the chat template refuses"):
+        prepare_data(source(tmp_path, ROWS), tokenizer)
 
 
 def test_a_template_that_adds_another_start_is_refused(tmp_path: Path) -> None:
