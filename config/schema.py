@@ -53,7 +53,7 @@ class DataConfig:
         suffixes: Endings of the files that are read from a folder.
         text_field: Field that holds the text of a JSONL or Parquet row; by default `text`, else `content`.
             Without it rows may be examples: prompt and completion; input and output; instruction, input
-            (which may be missing) and output; or prefix, suffix and middle.
+            (which may be missing) and output; prefix, suffix and middle; or messages, a conversation.
         group_field: Field whose value keeps documents together in one split (a repository, say). Without it
             each document is its own group, and examples without a name go by their prompt.
         regroup: Find documents that belong together by their text (near duplicates, shared passages) and keep

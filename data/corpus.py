@@ -3,7 +3,8 @@
     for split, document in split_documents(config):  # split is one of SPLITS
 
 A source is the running interpreter's standard library, a folder, a corpus that `python -m scraping build`
-wrote, or a JSONL(.gz) or Parquet file, whose rows hold plain text or examples (a prompt and its completion).
+wrote, or a JSONL(.gz) or Parquet file, whose rows hold plain text, examples (a prompt and its completion) or
+conversations, of which each answer is an example.
 Documents are streamed, exact duplicates are dropped, and each group goes whole to one split *before*
 anything is cut into windows, so that no text stands in two splits.
 """
@@ -25,7 +26,7 @@ from data.cache import file_sha256, read_sealed, write_sealed
 from data.comments import drop_comments
 from data.documents import SPLITS, Document, FileState, ReadFile, Report, utf8
 from data.fim import gap_of
-from data.rows import decoded, example_of, jsonl_rows, listed, parquet_rows
+from data.rows import decoded, jsonl_rows, listed, parquet_rows, texts_of
 from data.sourcefiles import CORPUS, corpus_parts, source_files, split_files
 
 ROW_FILES = (".jsonl", ".jsonl.gz", ".parquet")
@@ -230,8 +231,9 @@ def _documents_of(path: Path, config: DataConfig, report: Report, split: str | N
     first: tuple[str, str] | None = None
     for number, row in rows(path, config, report):
         where = f"{path} {'row' if path.suffix == '.parquet' else 'line'} {number}"
-        text, prompt, suffix = example_of(row, config, where)
-        kind = "plain text" if prompt is None else "an example"
+        found = texts_of(row, config, where)
+        _, prompt, suffix, messages = found[0]
+        kind = "plain text" if prompt is None else "an example" if messages is None else "a conversation"
         first = first or (where, kind)
         if kind != first[1]:
             raise ValueError(f"{where} holds {kind}, and {first[0]} {first[1]}: put them into two files")
@@ -239,6 +241,7 @@ def _documents_of(path: Path, config: DataConfig, report: Report, split: str | N
         name = next((value for value in names if isinstance(value, str) and value), "")
         if name and isinstance(row.get("repository"), str):  # Many repositories hold a setup.py.
             name = f"{row['repository']}/{name}"
+        # All answers of a conversation begin as its first one does.
         group = name or (prompt or "") + (suffix or "") or str(number)
         if config.group_field is not None:
             if row.get(config.group_field) is None:
@@ -248,16 +251,18 @@ def _documents_of(path: Path, config: DataConfig, report: Report, split: str | N
                 )
             group = str(row[config.group_field])
         prompts = row.get("prompts")
-        yield Document(
-            name or str(number),
-            text,
-            group,
-            prompt,
-            suffix,
-            where=where,
-            split=split,
-            prompts=prompts if prompt is not None and isinstance(prompts, dict) else None,
-        )
+        for text in found:
+            yield Document(
+                name or str(number),
+                text.text,
+                group,
+                text.prompt,
+                text.suffix,
+                where=where,
+                split=split,
+                prompts=prompts if kind == "an example" and isinstance(prompts, dict) else None,
+                messages=text.messages,
+            )
 
 
 def split_of(group: str, validation_one_in: int, test_one_in: int = 0) -> str:
@@ -364,6 +369,8 @@ def _without_duplicates(config: DataConfig, report: Report) -> Iterator[tuple[Do
             if part is not None:
                 data += utf8(part)
                 digest += hashlib.sha256(utf8(part)).digest()
+        if document.messages is not None:  # The same texts may be said by others.
+            digest += hashlib.sha256(json.dumps(document.messages).encode()).digest()
         if digest in seen:
             report.duplicates += 1
             continue

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from tokenization.chat import Conversation
 
 # Training learns from the first, the second chooses checkpoints and settings, the third is scored at the end.
 SPLITS: tuple[str, ...] = ("train", "validation", "test")
@@ -20,6 +23,8 @@ def utf8(text: str) -> bytes:
 class Document:
     """A plain text, or an example: `text` is then the completion of `prompt`, which may be "".
 
+    Where `messages` is given the text is the assistant's answer to them. The ids of both are then those of
+    the tokenizer's chat template, and the prompt is the text of the messages without their roles.
     `group` decides its split. Without a group field it equals `name`, or the prompt of an example whose row
     has no name: the completions of one prompt stay in one split. `prompts` are never trained on, and no part
     of the data's fingerprint: only an evaluation that requests them by name reads them.
@@ -34,6 +39,7 @@ class Document:
     where: str = dataclasses.field(default="", compare=False)  # the file, and the line or row
     split: str | None = None  # one of SPLITS, where the source gives the split itself
     prompts: dict[str, str] | None = dataclasses.field(default=None, compare=False)  # other wordings, by name
+    messages: Conversation | None = None  # what is said before the text, in a conversation
 
     @property
     def fim_parts(self) -> tuple[str, str, str] | None:

@@ -30,10 +30,12 @@ from data.fim import fim_markers, known_markers
 from data.run_documents import RunDocuments
 from data.tokenstore import FORMAT, TokenStore, build_store, open_store
 from tokenization import healing
+from tokenization.chat import template_fingerprint, with_template
 from tokenizer import TRAINING_VERSION, BPETokenizer, CodeTokenizer, Tokenizer, load_tokenizer
 
 # Starting the processes takes 0.3 to 0.5 s. At 3 MB/s a core two of them are ahead from about 4 MB on.
 POOL_PAYS_BYTES = 4_000_000
+KINDS = ("texts", "examples", "conversations")
 
 
 def prepare_tokenizer(data: DataConfig | RunDocuments, settings: TokenizerConfig) -> Tokenizer:
@@ -41,6 +43,12 @@ def prepare_tokenizer(data: DataConfig | RunDocuments, settings: TokenizerConfig
     documents = data if isinstance(data, RunDocuments) else RunDocuments(data)
     if settings.path is not None:
         return load_tokenizer(Path(settings.path)).with_start()
+    if documents.record.first_chat:
+        raise ValueError(
+            f"{documents.record.first_chat} is a conversation, and a tokenizer that is trained here has no "
+            "chat template to write it by; name a --base that was tuned for chat, or its tokenizer by "
+            "--tokenizer.kind pretrained and --tokenizer.path, or give prompt and completion"
+        )
     if settings.kind == "pretrained":
         raise ValueError(
             "tokenizer.kind is pretrained, but tokenizer.path is not set; name the tokenizer's folder"
@@ -106,13 +114,17 @@ class PreparedData:
     first_documents: tuple[Document, ...] = ()
 
 
-def _store_key(config: DataConfig, tokenizer: Tokenizer, fingerprint: str, examples: bool) -> str:
-    """Name a store by all that decides its bytes, which the place of the data and the workers do not."""
+def _store_key(config: DataConfig, tokenizer: Tokenizer, fingerprint: str, kind: str) -> str:
+    """Name a store by all that decides its bytes, which the place of the data and the workers do not.
+
+    Args:
+        kind: What the documents are, one of KINDS.
+    """
     settings = dataclasses.asdict(config)
     # The last three decide labels and batches, and no tokens.
     for name in ("source", "cache", "cache_gb", "workers", "loss_on", "order", "difficulty", "verify"):
         del settings[name]
-    if not (settings["heal"] and examples):  # Stores from before the setting have this key.
+    if not (settings["heal"] and kind == "examples"):  # Stores from before the setting have this key.
         del settings["heal"]
     if settings["fim_order"] == "psm":
         del settings["fim_order"]
@@ -122,11 +134,13 @@ def _store_key(config: DataConfig, tokenizer: Tokenizer, fingerprint: str, examp
         parts.append("start before gaps")  # Stores without a start there keep the key that they had.
     if "heal" in settings:
         parts.append(f"healing {healing.VERSION}")
+    if kind == "conversations":
+        parts.append(f"chat {template_fingerprint(tokenizer)}")
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _store_folder(config: DataConfig, tokenizer: Tokenizer, fingerprint: str, examples: bool) -> Path:
-    return Path(config.cache) / f"tokens-{_store_key(config, tokenizer, fingerprint, examples)[:24]}"
+def _store_folder(config: DataConfig, tokenizer: Tokenizer, fingerprint: str, kind: str) -> Path:
+    return Path(config.cache) / f"tokens-{_store_key(config, tokenizer, fingerprint, kind)[:24]}"
 
 
 def stored_data(config: DataConfig, tokenizer: Tokenizer, fingerprint: str) -> PreparedData | None:
@@ -135,11 +149,11 @@ def stored_data(config: DataConfig, tokenizer: Tokenizer, fingerprint: str) -> P
     None where there is no such store, or it is damaged. Its report has the fingerprint alone.
     """
     config, report = config.resolved(), Report(fingerprint=fingerprint)
-    for examples in (False, True):  # Only the source itself says which of the two it holds.
-        with contextlib.suppress(ValueError):
-            found = _verified(_store_folder(config, tokenizer, fingerprint, examples), tokenizer, report)
+    for kind in KINDS:  # Only the source itself says what it holds.
+        with contextlib.suppress(ValueError):  # Without a chat template there are no conversations.
+            found = _verified(_store_folder(config, tokenizer, fingerprint, kind), tokenizer, report)
             # Plain text and examples that are not healed have one key.
-            if not config.heal or found.train.holds_examples == examples:
+            if not config.heal or found.train.holds_examples == (kind != "texts"):
                 return found
     return None
 
@@ -196,7 +210,13 @@ def prepare_data(data: DataConfig | RunDocuments, tokenizer: Tokenizer) -> Prepa
     record = documents.record
     if record.first_gap:
         fim_markers(tokenizer, f"{record.first_gap} cannot be learned; give prompt and completion")
-    target = _store_folder(config, tokenizer, documents.fingerprint, record.holds_examples)
+    if record.first_chat:
+        try:
+            with_template(tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{record.first_chat} is a conversation: {error}") from None
+    kind = "conversations" if record.first_chat else "examples" if record.holds_examples else "texts"
+    target = _store_folder(config, tokenizer, documents.fingerprint, kind)
     prepared = None
     if target.exists():
         try:

@@ -33,6 +33,7 @@ from data.cache import file_sha256, read_sealed, write_sealed
 from data.corpus import refuse_unreadable
 from data.documents import Document, FileState, ReadFile, Report
 from data.sourcefiles import source_files
+from tokenization.chat import Message
 
 # Part of a record's key: raise it when the same files would be read or split as other documents.
 VERSION = 1
@@ -55,6 +56,7 @@ class SourceRecord:
         report: The counts, the fingerprint, and the files.
         holds_examples: Whether the documents are examples.
         first_gap: Where the first example stands that fills a gap; "" without one.
+        first_chat: Where the first conversation stands; "" without one.
         first_documents: The first documents for training, for the guard of prompts.
         tokenizers: Names in the cache of tokenizers that were trained on them, by settings.
     """
@@ -63,6 +65,7 @@ class SourceRecord:
     report: Report
     holds_examples: bool = False
     first_gap: str = ""
+    first_chat: str = ""
     first_documents: list[Document] = field(default_factory=list)
     tokenizers: dict[str, str] = field(default_factory=dict)
 
@@ -110,12 +113,15 @@ def write_record(config: DataConfig, record: SourceRecord) -> None:
 
 def _opened(saved: dict[str, Any]) -> SourceRecord:
     files = {name: ReadFile(FileState(*state), sha256) for name, *state, sha256 in saved["report"]["files"]}
-    documents = [
-        Document(**values | {"gap": values["gap"] and tuple(values["gap"])})
-        for values in saved["first_documents"]
-    ]
+    documents = [_document(**values) for values in saved["first_documents"]]
     report = Report(**saved["report"] | {"files": files})
     return SourceRecord(**saved | {"report": report, "first_documents": documents})
+
+
+def _document(gap: list[int] | None, messages: list[list[str]] | None = None, **values: Any) -> Document:
+    """Return a document of its JSON, which has lists for tuples; older records have no messages."""
+    said = None if messages is None else tuple(Message(role, content) for role, content in messages)
+    return Document(**values, gap=None if gap is None else (gap[0], gap[1]), messages=said)
 
 
 def _path(config: DataConfig) -> Path:

@@ -9,15 +9,18 @@ import reprlib
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from config import DataConfig, bounded_lines, parse_line
 from data.documents import Report
+from tokenization.chat import ASSISTANT, Conversation, messages_of
 
-# The fields of a plain text, or of an example, whose completion is the last.
+CHAT = "messages"  # The field of a conversation.
+# The fields of a plain text, of a conversation, or of an example, whose completion is the last.
 ROW_KINDS = (
     ("text",),
     ("content",),
+    (CHAT,),
     ("prompt", "completion"),
     ("input", "output"),
     ("instruction", "output"),
@@ -31,8 +34,17 @@ def listed(fields: Iterable[str]) -> str:
     return ", ".join(sorted(fields)) or "no fields"
 
 
-def example_of(row: dict[str, Any], config: DataConfig, where: str) -> tuple[str, str | None, str | None]:
-    """Return (completion, prompt, suffix) of a row that holds an example, (text, None, None) of plain text.
+class RowText(NamedTuple):
+    """A text that a row holds: plain, or the completion of a prompt, or the answer to messages."""
+
+    text: str
+    prompt: str | None = None
+    suffix: str | None = None
+    messages: Conversation | None = None
+
+
+def texts_of(row: dict[str, Any], config: DataConfig, where: str) -> list[RowText]:
+    """Return what a row holds: a text, an example, or each answer of a conversation.
 
     No other code decides what a row is.
 
@@ -40,6 +52,37 @@ def example_of(row: dict[str, Any], config: DataConfig, where: str) -> tuple[str
         ValueError: the row is of no kind or of two, holds something that is not text, or completes nothing.
     """
     fields = _fields_of(row, config, where)
+    if fields == (CHAT,) and config.text_field is None:
+        return _answers(row[CHAT], where)
+    return [_example_of(row, fields, where)]
+
+
+def _answers(value: Any, where: str) -> list[RowText]:
+    """Return each of the assistant's messages with those before it, as generation would be asked for it."""
+    try:
+        messages = messages_of(value)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if messages[-1].role != ASSISTANT:
+        raise ValueError(
+            f"{where} ends with a message of the {messages[-1].role}, which nothing answers: end with the "
+            "assistant's, or remove the row"
+        )
+    places = [place for place, message in enumerate(messages) if message.role == ASSISTANT]
+    for place in places:
+        if place == 0:
+            raise ValueError(f"{where} begins with the assistant's message, which answers nothing: remove it")
+        if not messages[place].content.strip():
+            raise ValueError(
+                f"{where} holds nothing in message {place + 1}, which is the assistant's: remove the row"
+            )
+    contents = [message.content for message in messages]
+    return [
+        RowText(contents[place], "\n".join(contents[:place]), messages=messages[:place]) for place in places
+    ]
+
+
+def _example_of(row: dict[str, Any], fields: tuple[str, ...], where: str) -> RowText:
     values: list[Any] = [row[field] for field in fields]
     if len(fields) == 3 and values[1] is None:  # Parquet leaves the input out by a null.
         values[1] = ""
@@ -51,14 +94,14 @@ def example_of(row: dict[str, Any], config: DataConfig, where: str) -> tuple[str
             )
     *given, text = values
     if not given:
-        return text, None, None
+        return RowText(text)
     if not text:
         raise ValueError(
             f"{where} holds nothing in the field {fields[-1]}, and so nothing to learn: remove the row"
         )
     if fields[0] == "instruction":
-        return text, alpaca_prompt(*given), None
-    return text, given[0], given[1] if len(given) == 2 else None
+        return RowText(text, alpaca_prompt(*given))
+    return RowText(text, given[0], given[1] if len(given) == 2 else None)
 
 
 def alpaca_prompt(instruction: str, given: str = "") -> str:

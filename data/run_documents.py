@@ -90,6 +90,8 @@ class RunDocuments:
                 record.holds_examples |= document.prompt is not None
                 if document.suffix is not None:
                     record.first_gap = record.first_gap or document.where
+                if document.messages is not None:
+                    record.first_chat = record.first_chat or document.where
                 if split == "train" and len(record.first_documents) < FIRST_DOCUMENTS:
                     record.first_documents.append(document)
                 for text in training_texts([(split, document)]):

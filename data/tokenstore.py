@@ -34,6 +34,7 @@ from config.bars import progress_bar
 from data.cache import InUse
 from data.documents import SPLITS, Document, utf8
 from data.fim import between_place, fim_prompt_ids
+from tokenization.chat import ASSISTANT, ConversationError, Message, answered_ids
 from tokenization.healing import healed
 from tokenizer import Tokenizer
 
@@ -115,6 +116,7 @@ class TokenStore:
         vocab_size, pad_id: Those of the tokenizer that made the store.
         gap_lead: Tokens that stand before the first marker of a document with a gap, 0 or 1.
         suffix_first: Whether of the two texts around a gap the suffix comes first.
+        holds_conversations: Whether the examples are answers, whose ids a chat template wrote.
         tokenizer_fingerprint, fingerprint: The fingerprints of the tokenizer and of the data.
 
     Raises:
@@ -141,6 +143,7 @@ class TokenStore:
             self.pad_id: int | None = index["pad_id"]
             self.gap_lead: int = index.get("gap_lead", 0)
             self.suffix_first: bool = index.get("suffix_first", False)
+            self.holds_conversations: bool = index.get("conversations", False)
             self.tokenizer_fingerprint: str = index["tokenizer"]
             self.fingerprint: str = index["data"]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -344,6 +347,32 @@ class _SplitWriter:
 
 
 def _encode(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype) -> list[Encoded]:
+    """Encode each document, of which either all are answers of conversations or none is.
+
+    Raises:
+        ValueError: as `_encode_answers` and `_encode_texts`.
+    """
+    if documents[0].messages is not None:
+        return _encode_answers(tokenizer, documents, dtype)
+    return _encode_texts(tokenizer, documents, dtype)
+
+
+def _encode_answers(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype) -> list[Encoded]:
+    """Encode the answers of conversations by the tokenizer's chat template, which writes start and end.
+
+    Raises:
+        ValueError: the template or the tokenizer does not take one of them.
+    """
+    conversations = [(*(d.messages or ()), Message(ASSISTANT, d.text)) for d in documents]
+    try:
+        found = answered_ids(tokenizer, conversations)
+    except ConversationError as error:
+        where = documents[error.number].where or documents[error.number].name
+        raise ValueError(f"{where} cannot be tokenised: {error}") from None
+    return [Encoded(np.array([*asked, *answer], dtype), len(asked), 0, -1, 0) for asked, answer in found]
+
+
+def _encode_texts(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype) -> list[Encoded]:
     """Encode each document, between bos and eos; a tokenizer without bos starts with its eos.
 
     Prompt and completion of an example are encoded as one text, and its prompt is the tokens that stay of a
@@ -531,8 +560,8 @@ def build_store(
 
     A document is [bos] + encode(text) + [eos], and an example [bos] + encode(prompt + text) + [eos], or where
     it is not healed [bos] + encode(prompt) + encode(text) + [eos]; a special token that is lacking is left
-    out. With a gap it is fim_prompt_ids(prefix, suffix) + encode(middle) + [eos]. Ids take 2 bytes for
-    vocabularies up to 65,536 and 4 above.
+    out. With a gap it is fim_prompt_ids(prefix, suffix) + encode(middle) + [eos]. Answers of conversations
+    are as `answered_ids` writes them. Ids take 2 bytes for vocabularies up to 65,536 and 4 above.
     A shard holds at most `shard_tokens`, or one document.
 
     Raises:
@@ -543,10 +572,12 @@ def build_store(
     folder.mkdir(parents=True)
     dtype = dtype_of(tokenizer.vocab_size)
     writers = {split: _SplitWriter(folder, split, dtype, shard_tokens) for split in SPLITS}
+    conversations = False
     bar = progress_bar(total=total_bytes, desc="tokenising", unit="B", unit_scale=True, leave=False)
     try:
         with bar, InUse(folder):
             for split, document, encoded in _encode_all(documents, tokenizer, workers, dtype):
+                conversations |= document.messages is not None
                 writers[split].add(document, encoded)
                 given = (document.prompt or "") + (document.suffix or "")
                 bar.update(writers[split].byte_lengths[-1] + len(utf8(given)))
@@ -575,6 +606,8 @@ def build_store(
     }
     if tokenizer.suffix_first:
         index["suffix_first"] = True
+    if conversations:
+        index["conversations"] = True
     with open(folder / "index.json.tmp", "w", encoding="utf-8") as file:
         json.dump(index | {"sha256": _index_sha256(index)}, file, indent=1)
         file.flush()

@@ -54,10 +54,15 @@ def repeated_batches(batches: list[Batch]) -> Iterator[Fault]:
 def label_faults(subject: GuardSubject, batch: Batch, store: TokenStore, training: bool) -> Iterator[Fault]:
     """Yield the faults of rows (B, T); the last label of a row is not compared: its token is in no column."""
     split = "training" if training else store.split
+    on_prompts = training and subject.config.data.loss_on == "all"
     if store.holds_examples:
-        on_prompts = training and subject.config.data.loss_on == "all"
         yield from _example_faults(prompt_errors(store, batch, subject.tokenizer, on_prompts), split)
-    yield from _document_faults(batch, split, subject.tokenizer)
+    eos_id = subject.tokenizer.eos_id
+    ends = batch.tokens == (IGNORE_INDEX if eos_id is None else eos_id)
+    if store.holds_conversations:  # An end in a prompt is that of an earlier message.
+        ends[:, 1:] &= (batch.labels[:, :-1] != IGNORE_INDEX) & (not on_prompts)
+        ends[:, 0] = False
+    yield from _document_faults(batch, split, ends)
     yield from _target_faults(batch, split, subject.tokenizer)
 
 
@@ -84,10 +89,13 @@ def _example_faults(errors: PromptErrors, split: str) -> Iterator[Fault]:
         )
 
 
-def _document_faults(batch: Batch, split: str, tokenizer: Tokenizer) -> Iterator[Fault]:
-    """Yield what is wrong at the borders of documents: padding, labels across them, ids and positions."""
-    tokens, labels, documents, positions = batch
-    eos_id = tokenizer.eos_id
+def _document_faults(batch: Batch, split: str, ends: Tensor) -> Iterator[Fault]:
+    """Yield what is wrong at the borders of documents: padding, labels across them, ids and positions.
+
+    Args:
+        ends: Which tokens end a document (B, T), bool.
+    """
+    _, labels, documents, positions = batch
     is_target, padding = labels != IGNORE_INDEX, documents < 0
     inner, same = is_target[:, :-1], _in_one_document(documents)
     if (is_target & padding).any() or (inner & padding[:, 1:]).any():
@@ -104,8 +112,8 @@ def _document_faults(batch: Batch, split: str, tokenizer: Tokenizer) -> Iterator
             f"{int(crosses.sum())} labels of {split} are the first token of another document",
             "a document's last token has no label",
         )
-    joined = same & (tokens[:, :-1] == eos_id) & (positions[:, :-1] > 0)
-    if eos_id is not None and joined.any():
+    joined = same & ends[:, :-1] & (positions[:, :-1] > 0)
+    if joined.any():
         yield Fault(
             "documents-not-separated",
             f"{int(joined.sum())} tokens of {split} follow the end of a document and carry its id",
@@ -143,7 +151,7 @@ def _target_faults(batch: Batch, split: str, tokenizer: Tokenizer) -> Iterator[F
             "shorten the prompt from its left, never the answer from its right",
         )
     ends = same & (following == eos_id) if eos_id is not None else torch.zeros_like(same)
-    if ends.any() and not (inner & ends).any():
+    if ends.any() and not (is_target & (labels == eos_id)).any():
         yield Fault(
             "end-never-learned",
             f"none of {int(ends.sum())} ends of a document in {split} is a target",
@@ -182,10 +190,10 @@ def example_in_row(
     if len(ids) <= length:
         return ids, n_prompt
     prompt, room = ids[:n_prompt].tolist(), length - (len(ids) - n_prompt)
-    if gap_start(prompt, known_markers(tokenizer)) is not None:
+    if not store.holds_conversations and gap_start(prompt, known_markers(tokenizer)) is not None:
         prompt = trim_fim_prompt(tokenizer, prompt, room)
     else:
-        prompt = trim_prompt(prompt, room, tokenizer.start_id)
+        prompt = trim_prompt(prompt, room, prompt[0] if store.holds_conversations else tokenizer.start_id)
     return np.append(prompt, ids[n_prompt:]).astype(np.int64), len(prompt)
 
 

@@ -12,6 +12,7 @@ from data.fim import fim_prompt_ids, known_markers
 from generation.text import as_prompt
 from guards.faults import Fault
 from guards.subject import GuardSubject, affordable, tolerance_of, with_nonzero_weights
+from tokenization.chat import DAY_OF_DATA, asked_ids
 
 PART = 0.25  # Share of the tokens of a pass.
 OTHER_PRECISION_TOLERANCE = 2e-2  # Relative, where validation has another precision than training.
@@ -53,7 +54,9 @@ def same_path(subject: GuardSubject) -> Iterator[Fault | str]:
 def prompt_faults(subject: GuardSubject) -> Iterator[Fault]:
     """Compare what generation would read with what training read, id for id, in the first documents."""
     for number, document in enumerate(subject.first_documents):
-        if document.fim_parts is not None:
+        if document.messages is not None:
+            prompt = asked_ids(subject.tokenizer, document.messages, DAY_OF_DATA)
+        elif document.fim_parts is not None:
             prompt = fim_prompt_ids(subject.tokenizer, *document.fim_parts[:2])
         elif document.prompt is not None:
             prompt = as_prompt(subject.tokenizer, subject.tokenizer.prompt_ids(document.prompt)).ids

@@ -18,7 +18,7 @@ import os
 import re
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ WITHOUT_INPUT = (
 class SourceDocument:
     """A plain text, or an example, whose `text` completes `prompt`; with a `suffix` it fills the gap between.
 
+    Of a conversation each answer is an example, and `turns` are the (role, content) before it.
+
     Attributes:
         name: The file's path in its folder, or the row's path or name, or the number of its line.
         group: Documents of one group are in one split.
@@ -65,11 +67,14 @@ class SourceDocument:
     prompt: str | None = None
     suffix: str | None = None
     given: str = ""
+    turns: tuple[tuple[str, str], ...] = ()
 
     @property
     def content(self) -> bytes:
         """The hash of what makes two documents equal: the text, and of an example all of its parts."""
-        parts = json.dumps([self.text, self.prompt, self.suffix])  # ASCII, lone surrogates included.
+        parts = json.dumps(
+            [self.text, self.prompt, self.suffix, self.turns]
+        )  # ASCII, lone surrogates included.
         return hashlib.sha256(parts.encode()).digest()
 
 
@@ -149,7 +154,7 @@ def documents_of_rows(data: DataConfig) -> Iterator[SourceDocument]:
     group_field = data.group_field or ("cluster" if corpus else None)
     for given, path in row_files(data):
         for number, row in _rows(path):
-            yield _document(row, number, text_field, group_field, given)
+            yield from _documents(row, number, text_field, group_field, given)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -167,6 +172,24 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield number, json.loads(text)
 
 
+def _documents(
+    row: dict[str, Any], number: int, text_field: str | None, group_field: str | None, given: str
+) -> Iterator[SourceDocument]:
+    """Yield what a row means: a text, an example by its fields, or each answer of a conversation."""
+    if text_field is None and "messages" in row:
+        turns = tuple((turn["role"], turn["content"]) for turn in row["messages"])
+        texts = [content for _, content in turns]
+        answers = [place for place, (role, _) in enumerate(turns) if role == "assistant"]
+        for place in answers:
+            document = SourceDocument(
+                "", texts[place], "", "\n".join(texts[:place]), None, given, turns[:place]
+            )
+            begins = "\n".join(texts[: answers[0]])  # The answers of a conversation are one group.
+            yield _named(document, row, number, group_field, begins)
+    else:
+        yield _document(row, number, text_field, group_field, given)
+
+
 def _document(
     row: dict[str, Any], number: int, text_field: str | None, group_field: str | None, given: str
 ) -> SourceDocument:
@@ -182,10 +205,16 @@ def _document(
             prompt = template.format(instruction=row["instruction"], input=row.get("input"))
         else:
             prompt, suffix = row[kind[0]], row["suffix"] if kind[0] == "prefix" else None
+    document = SourceDocument("", text, "", prompt, suffix, given)
+    return _named(document, row, number, group_field, (prompt or "") + (suffix or ""))
+
+
+def _named(
+    document: SourceDocument, row: dict[str, Any], number: int, group_field: str | None, begins: str
+) -> SourceDocument:
+    """Return a document with its name and its group; `begins` is the group of a row without a name."""
     name = next((row[key] for key in ("path", "name") if isinstance(row.get(key), str) and row[key]), "")
     if name and isinstance(row.get("repository"), str):
         name = f"{row['repository']}/{name}"
-    group = name or (prompt or "") + (suffix or "") or str(number)
-    if group_field is not None:
-        group = str(row[group_field])
-    return SourceDocument(name or str(number), text, group, prompt, suffix, given)
+    group = name or begins or str(number) if group_field is None else str(row[group_field])
+    return replace(document, name=name or str(number), group=group)

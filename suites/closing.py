@@ -86,8 +86,14 @@ def shown_examples(record: Mapping[str, Any], n: int) -> str:
     )
 
 
-def flags_of(samples: Sequence[Mapping[str, Any]]) -> str:
-    """Return flags of `generate.py` for the sample with the shortest prompt; a file where that is long."""
+def flags_of(samples: Sequence[Mapping[str, Any]], chat: bool = False) -> str:
+    """Return flags of `generate.py` for the sample with the shortest prompt; a file where that is long.
+
+    Args:
+        chat: The samples are of conversations, whose prompts were written by a template.
+    """
+    if chat:
+        return "--chat --prompt_file FILE"
     shortest = min(samples, key=lambda sample: len(sample["prompt"]), default=None)
     if shortest is None or len(shortest["prompt"]) > LONGEST:
         return "--prompt_file FILE"

@@ -64,10 +64,17 @@ def completion_request(
         heal: Whether the prompt's end is healed; None for as the tokenizer says.
     """
     room = max(1, length - min(max_new_tokens, length // 2))
+    own_ends = frozenset(() if tokenizer.eos_id is None else (tokenizer.eos_id,))
+    if example.ids:
+        ids = trim_prompt([*example.ids], room, example.ids[0])
+        limit = max(1, min(max_new_tokens, length - len(ids)))
+        return CompletionRequest(
+            Prompt(ids), limit, own_ends | frozenset(tokenizer.eos_ids), len(ids) < len(example.ids)
+        )
     if example.suffix is None:
         whole = tokenizer.prompt_ids(example.prompt)
         ids = trim_prompt(whole, room, tokenizer.start_id)
-        ends = frozenset(() if tokenizer.eos_id is None else (tokenizer.eos_id,))
+        ends = own_ends
     else:
         whole = fim_prompt_ids(tokenizer, example.prompt, example.suffix)
         ids = trim_fim_prompt(tokenizer, whole, max(fewest_gap_ids(tokenizer), room))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from suites.gaps import line_spans
 from suites.scoring import SUITES, Example
 from suites.stored import text_of_example
 from suites.task import Given, Task, held_out, nearest_in_training, sampled
+from tokenization.chat import DAY_OF_DATA, ConversationError, many_asked_ids
 from tokenizer import Tokenizer
 
 COMPLETION_TOKENS = 512  # The most tokens of a prediction, where --max_new_tokens does not say.
@@ -38,7 +40,7 @@ def longest_completion(store: TokenStore) -> int:
 
 
 def file_examples(file: str) -> list[Document]:
-    """Read the rows of a file of examples, in any form that training takes (`data.rows.example_of`).
+    """Read the rows of a file of examples, in any form that training takes (`data.rows.texts_of`).
 
     Raises:
         ValueError: It cannot be read, or holds plain text.
@@ -81,12 +83,32 @@ def task(given: Given) -> Task:
     return Task(SUITES["pairs"], examples, limit, "examples", baselines)
 
 
+def asked_examples(
+    examples: list[Example], documents: Sequence[Document], tokenizer: Tokenizer
+) -> list[Example]:
+    """Return examples of conversations with the ids that ask for their answers, and their text.
+
+    Raises:
+        ValueError: The model's tokenizer has no chat template, or the template refuses.
+    """
+    try:
+        asked = many_asked_ids(tokenizer, [d.messages or () for d in documents], DAY_OF_DATA)
+    except ConversationError as error:
+        raise ValueError(f"{documents[error.number].where}: {error}") from None
+    return [
+        replace(example, prompt=tokenizer.decode(ids), ids=tuple(ids))
+        for example, ids in zip(examples, asked, strict=True)
+    ]
+
+
 def file_task(given: Given) -> Task:
     """Return the task of the suite examples; ValueError where its file cannot be used."""
     if given.file is None:
         raise ValueError("the suite examples takes its examples from a file; name it with --suite_file")
     rows = sampled(list(enumerate(file_examples(given.file))), given)
     examples = [Example(d.name, number, d.prompt or "", d.text, d.suffix) for number, d in rows]
+    if rows[0][1].messages is not None and given.tokenizer is not None:
+        examples = asked_examples(examples, [d for _, d in rows], given.tokenizer)
 
     def baselines(examples: Sequence[Example]) -> dict[str, list[str]]:
         texts = nearest_in_training(given, examples, line_spans) | {"empty": [""] * len(examples)}

@@ -34,6 +34,7 @@ class Example:
         reference: The text that stands there.
         suffix: The text after the reference, if the model is shown that too.
         start: The character of the prompt where the function begins; 0 for other examples.
+        ids: The ids of the prompt, where a chat template wrote them; the prompt is then their text.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Example:
     reference: str
     suffix: str | None = None
     start: int = 0
+    ids: tuple[int, ...] = ()
 
     @property
     def id(self) -> str:

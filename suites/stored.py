@@ -16,9 +16,13 @@ def text_of_example(store: TokenStore, tokenizer: Tokenizer, number: int) -> Exa
         text = tokenizer.decode(ids)
         return Example(name, number, text[:cut], text[cut:])
     prompt_length, gap = int(store.prompt_lengths[number]), int(store.suffix_places[number])
-    reference = added_text(tokenizer, ids[:prompt_length], ids[prompt_length:])
-    suffix = None
-    prompt = ids[:prompt_length]
+    prompt, suffix = ids[:prompt_length], None
+    if store.holds_conversations:
+        ends = {*tokenizer.eos_ids, tokenizer.eos_id}  # The template's end may have a text.
+        answer = ids[prompt_length : len(ids) - (ids[-1] in ends)]
+        reference = added_text(tokenizer, prompt, answer)
+        return Example(name, number, tokenizer.decode(prompt), reference, ids=tuple(prompt))
+    reference = added_text(tokenizer, prompt, ids[prompt_length:])
     if gap:
         prompt, after = ids[store.gap_lead + 1 : gap], ids[gap + 1 : prompt_length - 1]
         if store.suffix_first:

@@ -2,6 +2,7 @@
 
     asked_ids(tokenizer, [Message("user", "Sort a list.")])     # asks for the assistant's next message
     answered_ids(tokenizer, [messages, ...])                    # (ids of the prompt, ids of the last message)
+    template_fingerprint(tokenizer)                             # of all that decides them besides the tokens
 
 A template is a program of whoever published the model. It runs in jinja2's sandbox, in a child process
 (tokenization/chat_child.py) that has SECONDS of processor time and MEMORY for each conversation. What it
@@ -12,24 +13,28 @@ it could end its own turn and speak for somebody else.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenization.base import Tokenizer
 from tokenization.pretrained import PretrainedTokenizer
 
+VERSION = 1  # Of what `answered_ids` gives: raise it when the same conversations would have other ids.
 CHILD = Path(__file__).with_name("chat_child.py")
 SECONDS = 1.0  # of processor time, for one conversation
 MEMORY = 256  # MiB of a child's address space
 MOST_BYTES = 1 << 20  # of what one conversation becomes
 PATIENCE = 20  # A child may take this many times its processor time by the clock, on a busy machine.
 SHOWN = 200  # Characters of what a template says that are passed on.
-ROLES = ("system", "user", "assistant")
+ASSISTANT = "assistant"
+ROLES = ("system", "user", ASSISTANT)
 # Templates may write the day into a prompt. In data it is this one always, so that equal data give equal ids.
 DAY_OF_DATA = datetime.datetime(2024, 7, 26)
 
@@ -42,6 +47,22 @@ class Message(NamedTuple):
 
 
 Conversation = tuple[Message, ...]
+
+
+class ConversationError(ValueError):
+    """One of several conversations cannot be written; `number` is its place among them."""
+
+    def __init__(self, sentence: str, number: int):
+        super().__init__(sentence)
+        self.number = number
+
+
+@contextlib.contextmanager
+def _of(number: int) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ConversationError(str(error), number) from None
 
 
 def messages_of(value: Any) -> Conversation:
@@ -82,6 +103,17 @@ def with_template(tokenizer: Tokenizer) -> PretrainedTokenizer:
     )
 
 
+def template_fingerprint(tokenizer: Tokenizer) -> str:
+    """Return a SHA-256 of what decides the ids of conversations besides the tokenizer's own.
+
+    Raises:
+        ValueError: As `with_template`.
+    """
+    known = with_template(tokenizer)
+    parts = [VERSION, known.chat_template, known.special_texts, known.eos_ids, DAY_OF_DATA.isoformat()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
 def render(
     tokenizer: PretrainedTokenizer,
     conversations: Sequence[tuple[Conversation, bool]],
@@ -93,7 +125,7 @@ def render(
         today: The day that a template may ask for.
 
     Raises:
-        ValueError: The template refuses or fails; the sentence has the template's own.
+        ConversationError: The template refuses or fails; the sentence has the template's own.
     """
     settings = {
         "template": tokenizer.chat_template,
@@ -122,12 +154,13 @@ def render(
             child.kill()
             said, _ = child.communicate()
     answers = [json.loads(line) for line in said.splitlines() if line.endswith(b"]")]
-    for kind, text in answers:
+    for number, (kind, text) in enumerate(answers):
         if kind == "error":
-            raise ValueError(f"the chat template {_shown(text)}")
+            raise ConversationError(f"the chat template {_shown(text)}", number)
     if len(answers) < len(asked):
-        raise ValueError(
-            f"the chat template took more than {SECONDS:g} s, or its process died; mend the template"
+        raise ConversationError(
+            f"the chat template took more than {SECONDS:g} s, or its process died; mend the template",
+            len(answers),
         )
     return [text for _, text in answers]
 
@@ -136,17 +169,39 @@ def _shown(text: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text[:SHOWN])
 
 
-def asked_ids(tokenizer: Tokenizer, messages: Conversation) -> list[int]:
+def asked_ids(
+    tokenizer: Tokenizer, messages: Conversation, today: datetime.datetime | None = None
+) -> list[int]:
     """Return the ids that ask for the assistant's next message.
+
+    Args:
+        today: The day that the template may write; None for the present one.
 
     Raises:
         ValueError: As `with_template` and `render`; a message spells a special token; or the template starts
             the text twice.
     """
+    return many_asked_ids(tokenizer, [messages], today or datetime.datetime.now())[0]
+
+
+def many_asked_ids(
+    tokenizer: Tokenizer, conversations: Sequence[Conversation], today: datetime.datetime
+) -> list[list[int]]:
+    """Return `asked_ids` of each conversation.
+
+    Raises:
+        ValueError: The tokenizer has no template.
+        ConversationError: As `asked_ids`.
+    """
     known = with_template(tokenizer)
-    _refuse_spelled(known, messages)
-    (text,) = render(known, [(messages, True)], datetime.datetime.now())
-    return _ids_of(known, text)
+    for number, messages in enumerate(conversations):
+        with _of(number):
+            _refuse_spelled(known, messages)
+    found = []
+    for number, text in enumerate(render(known, [(messages, True) for messages in conversations], today)):
+        with _of(number):
+            found.append(_ids_of(known, text))
+    return found
 
 
 def answered_ids(
@@ -158,17 +213,24 @@ def answered_ids(
     end is added. What the template writes behind it is left out.
 
     Raises:
-        ValueError: As `asked_ids`; or the template changes the last message, or what stands before it.
+        ValueError: The tokenizer has no template.
+        ConversationError: As `asked_ids`; or the template changes the last message, or what stands before it.
     """
     known = with_template(tokenizer)
-    for messages in conversations:
-        _refuse_spelled(known, messages)
+    for number, messages in enumerate(conversations):
+        with _of(number):
+            _refuse_spelled(known, messages)
     asked = [part for messages in conversations for part in ((messages[:-1], True), (messages, False))]
-    texts = render(known, asked, DAY_OF_DATA)
-    return [
-        _split(known, prompt, whole, messages[-1].content)
-        for messages, prompt, whole in zip(conversations, texts[::2], texts[1::2], strict=True)
-    ]
+    try:
+        texts = render(known, asked, DAY_OF_DATA)
+    except ConversationError as error:
+        error.number //= 2
+        raise
+    found = []
+    for number, messages in enumerate(conversations):
+        with _of(number):
+            found.append(_split(known, texts[2 * number], texts[2 * number + 1], messages[-1].content))
+    return found
 
 
 def _split(

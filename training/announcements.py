@@ -30,7 +30,7 @@ def say_data(config: Config, data: PreparedData, tokenizer: Tokenizer, warn: boo
         documents = sum(data.report.kept.values())
         print(f"split: {documents:,} documents in {groups:,} groups by their text (data.regroup true)")
     for store in dict.fromkeys((data.train, data.validation, data.test)):
-        kind = "examples" if store.holds_examples else "files"
+        kind = "answers" if store.holds_conversations else "examples" if store.holds_examples else "files"
         refuse_long_answers(config.data, store, config.row_length)
         longer = int(is_trimmed(store, config.row_length).sum())
         gaps = data.report.gaps if store is data.train else 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from generation.settings import GenerationConfig
 from generation.text import generate
 from suites.stored import text_of_example
+from tokenization.healing import Prompt
 from training.loop import TrainingManager
 from training.run import load_run
 
@@ -29,7 +30,8 @@ def prove_overfit(manager: TrainingManager) -> bool:
         if not first + expected:
             continue
         settings = GenerationConfig(max_new_tokens=len(store.document(number)))
-        (completion,) = generate(run.model, run.tokenizer, [first], settings, suffix=example.suffix)
+        prompt = Prompt([*example.ids]) if example.ids else first
+        (completion,) = generate(run.model, run.tokenizer, [prompt], settings, suffix=example.suffix)
         if completion.text == expected and completion.finish_reason == "eos":
             verdict = f"passed, all {len(expected)} characters and the end of the file"
         else:

@@ -64,7 +64,7 @@ def report(manager: TrainingManager | EndedRun, missing: Collection[str] = tuple
         log_scores(folder, manager.config, run.step, scores, manager.failed_loggers)
     else:
         scores = read_evaluation(folder / OUTPUTS["scores"])
-    flags = flags_of([])
+    flags = flags_of([], manager.data.test.holds_conversations)
     if "samples" in missing:
         shown, flags = samples_of(manager, run, scores)
         shown = printable(shown)
@@ -97,7 +97,7 @@ def samples_of(
         record = scores.get("suite")
         if record is None:
             return "no held-out example to complete\n", flags_of([])
-        return shown_examples(record, n), flags_of(record["samples"])
+        return shown_examples(record, n), flags_of(record["samples"], manager.data.test.holds_conversations)
     samples = sample_completions(
         run.model.to(manager.device),
         run.tokenizer,

@@ -17,9 +17,10 @@ from guards.reference.comparison import Comparison, Differs
 from guards.reference.source import Files, Sample, of_rows
 from guards.subject import GuardSubject
 from reference import comments, examples
-from reference.library import ByteLevelTokens
+from reference.conversations import Spelled, wrong_with
+from reference.library import ByteLevelTokens, LibraryTokens
 from reference.stored import Stored
-from reference.text import SourceDocument, root_of, row_files
+from reference.text import SourceDocument, root_of, row_files, utf8
 from reference.tokens import CodeTokens, read_tokenizer
 
 MOST_SECONDS = 0.6  # After which no further document is tokenised.
@@ -56,7 +57,10 @@ def compare(subject: GuardSubject, comparison: Comparison) -> None:
     with tempfile.TemporaryDirectory() as folder:
         subject.tokenizer.save(Path(folder))
         tokens = read_tokenizer(Path(folder))
-    if tokens is None:
+        spelled = Spelled(Path(folder), tokens) if isinstance(tokens, LibraryTokens) else None
+    if samples and samples[0].document.turns and spelled is not None:
+        _same_answers(samples, spelled, comparison)
+    elif tokens is None:
         reason = f"a tokenizer of the kind {subject.tokenizer.kind} has no file to read"
         comparison.leave_out("ids", reason)
     else:
@@ -88,6 +92,27 @@ def _same_documents(
         comparison.leave_out("where prompts end", "none is short, or the tokenizer knows no words")
     if samples and not compared:
         comparison.leave_out("ids", f"each sampled document has more than {LONGEST:,} characters")
+
+
+def _same_answers(samples: list[Sample], spelled: Spelled, comparison: Comparison) -> None:
+    """Compare sampled answers of conversations with what their ids spell, as many as there is time for."""
+    comparison.leave_out(
+        "what stands between messages", "a chat template is a program of the tokenizer's folder"
+    )
+    ends = time.perf_counter() + MOST_SECONDS
+    for place, sample in enumerate(samples):
+        if place and time.perf_counter() > ends:
+            break
+        stored, number = sample.stored, sample.number
+        ids, n_prompt = stored.document(number), int(stored.prompts[number])
+        wrong = wrong_with(sample.document, ids, n_prompt, spelled)
+        if wrong is not None:
+            raise Differs(
+                f"{sample.stage}: ids", wrong, "look at the chat template, and at tokenization/chat.py"
+            )
+        comparison.exact(f"{sample.stage}: ids", True, True, "")
+        n_bytes, remedy = len(utf8(sample.document.text)), "count the bytes of UTF-8 of the answer"
+        comparison.exact(f"{sample.stage}: bytes", int(stored.byte_lengths[number]), n_bytes, remedy)
 
 
 def stored_splits(subject: GuardSubject) -> dict[str, Stored]:
