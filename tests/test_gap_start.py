@@ -85,7 +85,7 @@ def test_older_bases_and_runs_keep_what_they_were_trained_with(
     assert "warning: gaps were trained without the start" in capsys.readouterr().err
     assert load_tokenizer(tmp_path / "exported").bare_gaps
     data = DataConfig(fim_rate=0.5)
-    assert _store_key(data, older, "x", True) != _store_key(data, load_tokenizer(ours), "x", True)
+    assert _store_key(data, older, "x", "examples") != _store_key(data, load_tokenizer(ours), "x", "examples")
 
 
 @pytest.mark.parametrize("is_bare", [True, False])
