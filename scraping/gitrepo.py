@@ -129,7 +129,12 @@ def check_revision(revision: str) -> None:
 
 
 class GitRepository:
-    """A bare repository in a folder; made by `fetched`."""
+    """A bare repository in a folder of its own, beside which git's input and errors are kept.
+
+    `fetched` makes one of a server's commit, `scraping.history.opened` one that reads a checkout's objects.
+    """
+
+    failed = "cannot be fetched"
 
     def __init__(self, url: str, folder: Path, limits: GitLimits) -> None:
         self.url = url
@@ -308,7 +313,7 @@ class GitRepository:
             return "has no such commit"
         told = [line for line in errors.decode("utf-8", "replace").splitlines() if line.startswith("fatal: ")]
         said = told[-1].removeprefix("fatal: ")[:200] if told else f"git ended with {code}"
-        return "cannot be fetched: " + "".join(c if c.isprintable() else " " for c in said)
+        return f"{self.failed}: " + "".join(c if c.isprintable() else " " for c in said)
 
 
 @contextlib.contextmanager
