@@ -105,6 +105,41 @@ def _utf8(text: str) -> bytes:
     return text.encode("utf-8", "replace")  # Half a surrogate pair cannot be encoded.
 
 
+# Nodes of the grammars that declare a name, and among them those that are looked into for more.
+DECLARES = re.compile(
+    r"(?:function|class|method|interface|object|enum|constructor|record)_(?:defin|declar)|companion"
+)
+HOLDS = re.compile(r"class|interface|object|enum|record|companion")
+SIGNATURE = 200  # characters
+
+
+def signatures(text: str, language: str) -> list[str] | None:
+    """Return a line for each declaration outside of functions: what stands before its body.
+
+    It is None for a text that is longer than LONGEST_TREE, or takes the parser longer than PATIENCE.
+    """
+    data = _utf8(text)
+    if len(data) > LONGEST_TREE or (parsed := _parsed(data, language)) is None:
+        return None
+    found: list[str] = []
+    waiting = [(node, 0) for node in reversed(parsed.root_node.children)]
+    while waiting:
+        node, depth = waiting.pop()
+        if node.type == "decorated_definition":
+            waiting += [(child, depth) for child in reversed(node.children)]
+        if not DECLARES.search(node.type):
+            continue
+        body = node.child_by_field_name("body") or next(
+            (child for child in node.children if child.type.endswith(("body", "block"))), None
+        )
+        end = node.end_byte if body is None else body.start_byte
+        said = " ".join(data[node.start_byte : end].decode("utf-8", "replace").split())
+        found.append("    " * depth + said[:SIGNATURE].rstrip(" {"))
+        if body is not None and HOLDS.match(node.type) and depth < SIGNATURE:
+            waiting += [(child, depth + 1) for child in reversed(body.children)]
+    return found
+
+
 @dataclass
 class Tree:
     """A syntax tree as lists with an entry for each node: parents before children, in the order of the text.

@@ -17,6 +17,7 @@ RECIPES = {
     "kotlin": "a piece of a Kotlin file -> how it goes on",
     "fastapi": "lines around a gap in FastAPI's documentation code -> the line",
     "summaries": "a Python class -> its docstring",
+    "repository": "a git checkout -> what is written in it next",
 }
 
 

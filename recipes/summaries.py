@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from config import write_atomically
+from data.nearby import nearest_of
 from recipes.building import Counts, RecipeSettings, split_items, write_dataset
 from recipes.classes import Class, classes_of
 from recipes.files import check_source, read_files
-from recipes.nearby import nearest_of
 from scraping.documents import Drop, ScrapedDocument
 from tokenizer import Tokenizer
 

@@ -23,6 +23,7 @@ from config import Config, DataConfig
 from config.files import REPOSITORY
 from data.cache import verify_folder
 from data.fim import fim_prompt_ids, gap_start, known_markers
+from data.nearby import nearest_of
 from dataset import prepare_data
 from modules.precision import choose_device, choose_precision
 from pretrained import load_pretrained, save_pretrained
@@ -32,7 +33,6 @@ from recipes.base_config import BaseConfig
 from recipes.building import Counts, plain_documents, split_items, write_dataset
 from recipes.classes import classes_of
 from recipes.files import read_files
-from recipes.nearby import nearest_of
 from recipes.pipeline import done, parse_words, samples
 from recipes.small_base import FIM_RATE, make_base, model_of
 from recipes.training import finish
