@@ -8,18 +8,21 @@
 
 data/prepare.py makes the tokenizer and the token store. Plain texts are laid end to end and cut into rows;
 examples stand in rows with their whole completion and as much of their prompt as fits (data/packing.py), and
-the tokens of their completions are targets, or all of their tokens. The order of training is a pure function
-of (seed, epoch, step, rank, world size): the whole position of a run is the integer `step`.
+the tokens of their completions are targets, or all of their tokens. Which rows an update reads is a pure
+function of the seed and the update's number: the whole position of a run is that integer, and processes that
+share the rows (training/distributed.py) need not tell each other who reads what.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from data.bijection import KEYS, Bijection
 from data.curriculum import order_of
 from data.packing import (
     GAPS_SEEN,
@@ -49,6 +52,7 @@ __all__ = [
     "fitting_row",
     "gaps_in_sight",
     "is_trimmed",
+    "micro_batches_of",
     "next_token_labels",
     "numbered_batches",
     "prepare_data",
@@ -59,6 +63,9 @@ __all__ = [
     "validation_batches",
 ]
 
+# How rows are dealt to updates. 1: a permutation in memory, dealt by micro-batch, so that an update may begin
+# in one epoch and end in the next; runs that were begun so end so. 2: a bijection, dealt by update.
+ORDER_VERSION = 2
 IGNORE_INDEX = -100  # the label of a token that is no target, as in torch.nn.functional.cross_entropy
 
 
@@ -242,26 +249,49 @@ def _rows_of(
     return _Rows(store, order, block_size)
 
 
-class Batches:
-    """The training batches of one rank; `batch(step)` depends on nothing but the arguments.
+def micro_batches_of(batch_size: int, accumulation: int, world_size: int) -> int:
+    """Return into how many micro-batches each rank divides its rows of an update: the fewest that are equal.
 
-    Every epoch shuffles the documents, makes rows of them, and deals the rows, shuffled too, to (step, rank,
-    row of the batch); if `order` is not `shuffled`, the rows follow the order of their documents. In an epoch
-    each token is a target exactly once, but for the first of each document, for prompts unless
-    `loss_on_prompts`, and for the rows that do not fill a last global batch of `batch_size * world_size`. A
-    store with fewer rows than one global batch repeats them to fill it, and an epoch is then one step. Ranks
-    together hold the rows that one rank would hold with their summed batch size.
+    Args:
+        batch_size: The most rows of a micro-batch.
+        accumulation: With `batch_size` it gives the rows of an update, which all ranks share.
+        world_size: The number of ranks.
+
+    Raises:
+        ValueError: The rows cannot be shared evenly.
+    """
+    rows = batch_size * accumulation
+    if rows % world_size:
+        raise ValueError(
+            f"an update has {rows} rows (batch_size {batch_size} x accumulation {accumulation}), which "
+            f"{world_size} processes cannot share evenly; take a multiple of {world_size}"
+        )
+    own = rows // world_size
+    return next(n for n in range(1, own + 1) if own % n == 0 and own // n <= batch_size)
+
+
+class Batches:
+    """The training batches of one rank; `batch(number)` depends on nothing but the arguments.
+
+    Every epoch shuffles the documents, makes rows of them, and deals the rows, shuffled too, to updates; if
+    `order` is not `shuffled`, the rows follow the order of their documents. In an epoch each token is a
+    target exactly once, but for the first of each document, for prompts unless `loss_on_prompts`, and for the
+    rows that do not fill a last update. A store with fewer rows than one update repeats them to fill it, and
+    an epoch is then one update.
+
+    An update has `batch_size * accumulation` rows, however many ranks share them. Each rank reads a range of
+    them, in as few equal micro-batches as `batch_size` allows (`micro_batches_of`); of one rank that is
+    `accumulation` micro-batches of `batch_size` rows.
 
     The generator of an epoch is numpy's PCG64, seeded by [seed, epoch]. It draws a permutation of the
-    documents, and then one of the rows: batch b of an epoch has the entries b * batch_size and following of
-    the second. Other orders keep the rows as they are; those of examples go by the mean place of their
-    documents.
+    documents, and then the keys of the order of rows (data/bijection.py). Other orders keep the rows as they
+    are; those of examples go by the mean place of their documents.
 
-    There are nine arguments, because a step's rows depend on each of them and each is a setting of its own.
+    There are ten arguments, because an update's rows depend on each of them and each is a setting of its own.
 
     Args:
         store: The documents or examples.
-        batch_size: Rows of a batch.
+        batch_size: Rows of a micro-batch, at most.
         block_size: Tokens of a row.
         seed: Seed of the shuffling.
         rank: This process, of `world_size`.
@@ -269,10 +299,16 @@ class Batches:
         loss_on_prompts: Prompts of examples are targets too.
         order: `order` of DataConfig.
         difficulty: (n_documents,), for an `order` that goes by difficulty.
+        accumulation: Micro-batches of an update, where one process reads them all.
+
+    Attributes:
+        per_update: The micro-batches of this rank in an update.
+        steps_per_epoch: The micro-batches of this rank in an epoch.
+        version: See ORDER_VERSION.
 
     Raises:
-        ValueError: a size below 1, a rank outside the world, a store of less than two tokens, or an example
-            whose completion does not fit a row.
+        ValueError: a size below 1, a rank outside the world, rows that the ranks cannot share evenly, a store
+            of less than two tokens, or an example whose completion does not fit a row.
     """
 
     def __init__(
@@ -286,20 +322,47 @@ class Batches:
         loss_on_prompts: bool = False,
         order: str = "shuffled",
         difficulty: np.ndarray | None = None,
+        accumulation: int = 1,
     ):
-        if batch_size < 1 or not 0 <= rank < world_size:
+        if min(batch_size, accumulation) < 1 or not 0 <= rank < world_size:
             raise ValueError(
-                f"batch_size {batch_size}, rank {rank}, world_size {world_size}: a batch needs a row, and a "
-                "rank lies between 0 and world_size - 1"
+                f"batch_size {batch_size}, accumulation {accumulation}, rank {rank}, world_size "
+                f"{world_size}: a batch needs a row, and a rank lies between 0 and world_size - 1"
             )
         self.store, self.batch_size, self.block_size, self.seed = store, batch_size, block_size, seed
         self.rank, self.world_size, self.loss_on_prompts = rank, world_size, loss_on_prompts
-        self.order, self.difficulty = order, difficulty
+        self.order, self.difficulty, self.accumulation = order, difficulty, accumulation
+        self.version = ORDER_VERSION
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make the rows of the first epoch, and what is counted by them."""
+        self.per_update = micro_batches_of(self.batch_size, self.accumulation, self.world_size)
+        self.rows_per_update = self.batch_size * self.accumulation
         self._epoch = 0
         self._rows, self._order = self._arranged(0)
-        self.steps_per_epoch = max(1, self._rows.n_rows // (batch_size * world_size))
+        if self.version == 1:
+            self.steps_per_epoch = max(1, self._rows.n_rows // self.batch_size)
+        else:
+            self.steps_per_epoch = max(1, self._rows.n_rows // self.rows_per_update) * self.per_update
 
-    def _arranged(self, epoch: int) -> tuple[_Rows | _ExampleRows, np.ndarray]:
+    def altered(self, **attributes: Any) -> Batches:
+        """Return batches that differ by some attributes, such as `order`.
+
+        Raises:
+            ValueError: The older order of rows is asked for by one of several ranks.
+        """
+        other = copy.copy(self)
+        vars(other).update(attributes)
+        if other.version == 1 and other.world_size > 1:
+            raise ValueError(
+                f"the run was begun when one process read all rows of an update, and is to go on with "
+                f"{other.world_size}; go on with 1"
+            )
+        other._begin()
+        return other
+
+    def _arranged(self, epoch: int) -> tuple[_Rows | _ExampleRows, np.ndarray | Bijection]:
         # PCG64 by name: numpy may change the generator behind `default_rng`.
         draw = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         order = np.arange(self.store.n_documents)
@@ -308,23 +371,42 @@ class Batches:
         elif self.order == "shuffled":
             order = draw.permutation(self.store.n_documents)
         rows = _rows_of(self.store, order, self.block_size, self.loss_on_prompts)
-        if self.order == "shuffled":
+        if self.order != "shuffled":
+            return rows, rows.in_document_order(order)
+        if self.version == 1:
             return rows, draw.permutation(rows.n_rows)
-        return rows, rows.in_document_order(order)
+        return rows, Bijection(rows.n_rows, draw.bit_generator.random_raw(KEYS))  # pyright: ignore
 
-    def batch(self, step: int) -> Batch:
-        """Return the batch of a global step, counted from 0 over all epochs."""
-        numbers = self.rows_of(step)  # It makes the rows of the step's epoch.
+    def epoch(self, updates: int) -> float:
+        """Return how many passes over the data so many updates make."""
+        return updates * self.per_update / self.steps_per_epoch
+
+    def first_row(self, number: int) -> int:
+        """Return the place, among the rows of its update, of the first row of a micro-batch of this rank."""
+        own = self.rows_per_update // self.world_size
+        return self.rank * own + number % self.per_update * (own // self.per_update)
+
+    def batch(self, number: int) -> Batch:
+        """Return a micro-batch of this rank, counted from 0 over all epochs."""
+        numbers = self.rows_of(number)  # It makes the rows of the batch's epoch.
         return self._rows.batch(numbers)
 
-    def rows_of(self, step: int) -> np.ndarray:
-        """Return the numbers of the rows in the batch of a global step, (B,), in their epoch."""
-        epoch, step = divmod(step, self.steps_per_epoch)
+    def rows_of(self, number: int) -> np.ndarray:
+        """Return the numbers of the rows in a micro-batch of this rank, (B,), in their epoch."""
+        epoch, step = divmod(number, self.steps_per_epoch)
+        if self.version == 1:
+            first, size = step * self.batch_size, self.batch_size
+        else:
+            first = step // self.per_update * self.rows_per_update + self.first_row(step)
+            size = self.rows_per_update // self.world_size // self.per_update
+        return self._dealt(epoch, first + np.arange(size))
+
+    def _dealt(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """Return the numbers of the rows at places of an epoch's order, whose rows are made."""
         if epoch != self._epoch:
             self._rows, self._order = self._arranged(epoch)
             self._epoch = epoch
-        row = (step * self.world_size + self.rank) * self.batch_size + np.arange(self.batch_size)
-        return self._order[row % len(self._order)]
+        return self._order[places % len(self._order)]
 
 
 def validation_batches(

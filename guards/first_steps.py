@@ -51,9 +51,8 @@ class FirstSteps:
         self.updates, self.step, self.progress, self.norm = 0, step, progress, 0.0
         self.sizes: dict[int, float] = {}  # By pass its gradient, as a multiple of what it should be.
         self.compared = False
-        accumulation = subject.config.train.accumulation
-        some = min(PASSES, accumulation)
-        self.chosen = {number * (accumulation - 1) // max(1, some - 1) for number in range(some)}
+        some = min(PASSES, subject.passes)
+        self.chosen = {number * (subject.passes - 1) // max(1, some - 1) for number in range(some)}
         self._forget()
         self.clip_acted = not subject.config.optimizer.grad_clip
         # The rows of new tokens get no gradient as long as the tokens do not occur.
@@ -89,7 +88,7 @@ class FirstSteps:
 
     def _batch(self, number: int) -> Batch:
         """Return the batch of a pass of the update that is under way."""
-        return self.subject.batches.batch(self.step * self.subject.config.train.accumulation + number)
+        return self.subject.batches.batch(self.step * self.subject.passes + number)
 
     def _keep_targets(self, module: torch.nn.Module, args: Any, output: Tensor) -> None:
         """Keep some hidden states of one update that are to predict a token, and their gradients."""
@@ -117,7 +116,7 @@ class FirstSteps:
         nothing back; then the next update is compared.
         """
         optimizer, subject, head = self.subject.config.optimizer, self.subject, self.subject.model.head
-        passes = range(subject.config.train.accumulation)
+        passes = range(subject.passes)
         tokens = sum(int((self._batch(number).labels != IGNORE_INDEX).sum()) for number in passes)
         modes = {module: module.training for module in head.modules()}
         head.eval()  # Its adapter's dropout would use up the run's random numbers, and be noise here.
@@ -201,10 +200,13 @@ class FirstSteps:
                 "clip after unscaling and before the optimizer steps",
             )
         self.clip_acted |= self.norm > optimizer.grad_clip * 0.999
-        if self.forwards != train.accumulation:
+        if self.forwards != self.subject.passes:
+            n = self.subject.batches.world_size
+            shared = f", of which each of {n} processes makes {self.subject.passes}" if n > 1 else ""
             yield Fault(
                 "accumulation-ignored",
-                f"update {step + 1} made {self.forwards} passes and accumulation is {train.accumulation}",
+                f"update {step + 1} made {self.forwards} passes and accumulation is {train.accumulation}"
+                f"{shared}",
                 "step once in that many micro-batches",
             )
         if idle := [o for o in self.subject.optimizers if id(o) not in self.stepped]:
@@ -229,8 +231,8 @@ class FirstSteps:
 
     def _data_faults(self) -> Iterator[Fault]:
         """Yield what is wrong with the batches that an update read, and with the size of its gradient."""
-        step, train = self.step, self.subject.config.train
-        first = step * train.accumulation
+        step = self.step
+        first = step * self.subject.passes
         for number, tokens in enumerate(self.read, first):
             if not torch.equal(tokens.cpu(), self.subject.batches.batch(number).tokens):
                 yield Fault(

@@ -53,17 +53,8 @@ def order(subject: GuardSubject) -> Iterator[Fault | str]:
 
 
 def _batches(batches: Batches, other: str) -> Batches:
-    return Batches(
-        batches.store,
-        batches.batch_size,
-        batches.block_size,
-        batches.seed,
-        batches.rank,
-        batches.world_size,
-        batches.loss_on_prompts,
-        other,
-        None if other == "shuffled" else batches.difficulty,
-    )
+    difficulty = None if other == "shuffled" else batches.difficulty
+    return batches.altered(order=other, difficulty=difficulty)
 
 
 def _same(subject: GuardSubject, others: Batches) -> bool:

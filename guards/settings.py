@@ -18,8 +18,9 @@ from config import ModelConfig
 from config.setting import settings_of
 from dataset import IGNORE_INDEX, Batch
 from guards.faults import Fault
-from guards.subject import GuardSubject, affordable, seed, through, tolerance_of, with_nonzero_weights
+from guards.subject import GuardSubject, affordable, through, tolerance_of, with_nonzero_weights
 from modules.dropout import Dropout
+from training.random_state import seed_torch
 
 WIDE = 512  # Twins of a model with a larger n_embd have a few of its heads.
 LEAST_DROPPED = 20  # Elements of a pass: that two passes drop none has a chance of e^-40.
@@ -340,12 +341,12 @@ def ignored_keys(config: ModelConfig) -> Iterator[str]:
 
 def twin(config: ModelConfig) -> tuple[dict[str, Tensor], Tensor]:
     """Return the initial weights of a small model from one seed, and its logits in training with others."""
-    seed(0, torch.device("cpu"))
+    seed_torch(0, torch.device("cpu"))
     model = Decoder(config)
     initial = {name: p.clone() for name, p in model.named_parameters()}
     for p in model.parameters():  # Biases that start at zero and scales that start at one hide much.
         torch.nn.init.normal_(p, std=p.size(-1) ** -0.5)
-    seed(1, torch.device("cpu"))
+    seed_torch(1, torch.device("cpu"))
     with torch.no_grad():
         return initial, model(torch.arange(16).view(2, 8))
 

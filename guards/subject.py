@@ -19,12 +19,13 @@ from architecture import Decoder
 from config import Config
 from data.documents import Document
 from data.tokenstore import TokenStore
-from dataset import IGNORE_INDEX, Batch, Batches
+from dataset import IGNORE_INDEX, Batch, Batches, micro_batches_of
 from guards.faults import Fault
 from modules.precision import Precision
 from modules.quantized_linear import n_weights
 from tokenizer import Tokenizer
 from training.loss import TokenLoss, TokenScores
+from training.random_state import seed_torch
 from training.state import RunState
 
 PASS_ELEMENTS = 3e10  # Parameters x tokens of a forward pass: 0.3 s on two cores.
@@ -67,6 +68,12 @@ class GuardSubject:
     base_folder: Path | None = None  # The files of the base, on this machine; None without a base.
     checkpoint: Path | None = None  # The folder that a resumed run goes on from.
 
+    @property
+    def passes(self) -> int:
+        """The passes that this process makes in an update, by the settings alone."""
+        train = self.config.train
+        return micro_batches_of(train.batch_size, train.accumulation, self.batches.world_size)
+
 
 Guard = Callable[[GuardSubject], Iterator[Fault | str]]
 
@@ -94,7 +101,7 @@ def with_nonzero_weights(model: Decoder) -> Iterator[None]:
         if p.dim() > 1 and p.requires_grad and p.detach().abs().max() < LEAST * p.size(-1) ** -0.5
     }
     scales = scales_of_adapters(model)
-    seed(0, next(model.parameters()).device)
+    seed_torch(0, next(model.parameters()).device)
     try:
         with torch.no_grad():
             for p in near_zero:
@@ -171,13 +178,3 @@ def is_shortened(subject: GuardSubject) -> bool:
 def tolerance_of(precision: Precision) -> float:
     """Return the relative difference that a function may have that is computed twice in one precision."""
     return 1e-4 if precision.dtype == torch.float32 else 2e-3
-
-
-def seed(number: int, device: torch.device) -> None:
-    """Seed torch's generators of the CPU and of the run's device.
-
-    `torch.manual_seed` formats the stack for each kind of device that is not there: up to 0.7 ms a call.
-    """
-    torch.default_generator.manual_seed(number)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(number)

@@ -2,7 +2,8 @@
 
 model.safetensors      the parameters that train, tied ones once
 state.safetensors      the tensors of optimizers and random states, each under its path
-state.json             the rest of the state, with `{"tensor": path}` where a tensor belongs
+state.json             the rest of the state, with `{"tensor": path}` where a tensor belongs, and
+                       `order_version`, how rows are dealt to updates
 manifest.json          step and validation loss
 """
 
@@ -27,6 +28,11 @@ def state_of(folder: Path) -> Any:
     """Return the state of a checkpoint: counters, optimizers and random states, as nested dicts and lists."""
     tensors = tensors_of(folder / "state.safetensors")
     return _nested(json.loads((folder / "state.json").read_text("utf-8")), tensors)
+
+
+def order_version_of(folder: Path) -> int:
+    """Return the version of the order of rows that a checkpoint's run has; the first one is not written."""
+    return dict(json.loads((folder / "state.json").read_text("utf-8"))["dict"]).get("order_version", 1)
 
 
 def _nested(value: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -176,9 +176,48 @@ def entropy(stored: Stored) -> np.ndarray:
     return np.array([-(share * np.log(share)).sum() for share in shares])
 
 
-def dealt(numbers: np.ndarray, batch_size: int, step: int) -> np.ndarray:
-    """Return the rows of a micro-batch of an epoch; an epoch with fewer rows than a batch repeats them."""
-    return numbers[(step * batch_size + np.arange(batch_size)) % len(numbers)]
+def shuffled_rows(n_rows: int, version: int, draw: np.random.Generator) -> np.ndarray:
+    """Return the epoch's order of rows, drawn after the documents.
+
+    By version 1 it is a permutation. By version 2 row i stands where a Feistel network of four rounds takes
+    it: numbers of an even count of bits, the fewest that hold all rows, are cut into halves L and R; each
+    round makes them R and L xor f(R + key), of which the low bits count, with f the mixer of SplitMix64 and
+    the keys PCG64's next words. A number that is no row's is taken through the network again.
+    """
+    if version == 1:
+        return draw.permutation(n_rows)
+    half = 1
+    while 4**half < n_rows:
+        half += 1
+    size, words = 2**half, draw.bit_generator.random_raw(4)  # pyright: ignore
+    network = np.arange(size * size, dtype=np.uint64)
+    left, right = np.divmod(network, np.uint64(size))
+    for word in words:
+        z = right + np.uint64(word)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+            z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+        left, right = right, left ^ (z % np.uint64(size))
+    network = (left * np.uint64(size) + right).astype(np.int64)
+    order = network[:n_rows]
+    while (order >= n_rows).any():
+        order = np.where(order >= n_rows, network[order], order)
+    return order
+
+
+def updates_of_epoch(n_rows: int, rows_of_update: int) -> int:
+    """Return how many updates an epoch has: what fills no last one is left out, unless it fills none."""
+    return max(1, n_rows // rows_of_update)
+
+
+def passes_of_rank(rows_of_update: int, world_size: int, batch_size: int) -> int:
+    """Return the passes of each process in an update: of equal sizes up to `batch_size`, as few as can be."""
+    own = rows_of_update // world_size
+    return min(n for n in range(1, own + 1) if own % n == 0 and own <= n * batch_size)
+
+
+def dealt(numbers: np.ndarray, first: int, n: int) -> np.ndarray:
+    """Return n rows of an epoch from a place on; an epoch with fewer rows than are asked for repeats them."""
+    return np.take(numbers, np.arange(first, first + n), mode="wrap")
 
 
 def spread(n_rows: int, n_shown: int) -> list[int]:

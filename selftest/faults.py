@@ -308,15 +308,9 @@ def rarity_inverted() -> contextlib.AbstractContextManager:
 
 
 def half_the_micro_batches() -> contextlib.AbstractContextManager:
-    right = loop.TrainingManager.update
-
     def update(self: Any) -> dict[str, float]:
-        config = self.config
-        self.config = dataclasses.replace(config, train=dataclasses.replace(config.train, accumulation=1))
-        try:
-            return right(self)
-        finally:
-            self.config = config
+        first = self.state.step * self.batches.per_update
+        return self.update_on([self.micro_batch(first)], self.progress())
 
     return patch.object(loop.TrainingManager, "update", update)
 

@@ -40,6 +40,7 @@ from stores import (
 from config import DataConfig
 from config.files import REPOSITORY
 from data import prepare, tokenstore
+from data.bijection import KEYS, Bijection
 from data.corpus import split_documents, split_of
 from data.documents import Document
 from data.tokenstore import TokenStore, build_store, open_store
@@ -47,10 +48,12 @@ from dataset import (
     IGNORE_INDEX,
     Batch,
     Batches,
+    micro_batches_of,
     next_token_labels,
     prepare_data,
     validation_batches,
 )
+from reference.rows import passes_of_rank, shuffled_rows
 
 # Store
 
@@ -351,15 +354,84 @@ def test_the_rows_of_one_large_document_are_dealt_out_of_order(tmp_path: Path):
     assert (batch.tokens[1:, 0] != batch.tokens[:-1, 0] + 32).any()
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_together_hold_what_one_rank_holds(store: TokenStore, world_size: int):
-    one = Batches(store, 8, 32, seed=3)
-    ranks = [Batches(store, 8 // world_size, 32, 3, rank, world_size) for rank in range(world_size)]
-    for step in range(2 * one.steps_per_epoch):
-        parts = [batches.batch(step) for batches in ranks]
-        together = Batch(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
-        assert same(one.batch(step), together)
-    assert {batches.steps_per_epoch for batches in ranks} == {one.steps_per_epoch}
+def rows_by_update(store: TokenStore, batch_size: int, accumulation: int, world_size: int) -> list[Batch]:
+    """Return the rows of each update of two epochs, as ranks read them, in the order of ranks and batches."""
+    ranks = [
+        Batches(store, batch_size, 32, 3, rank, world_size, accumulation=accumulation)
+        for rank in range(world_size)
+    ]
+    n, passes = 2 * ranks[0].steps_per_epoch, ranks[0].per_update
+    assert {(batches.steps_per_epoch, batches.per_update) for batches in ranks} == {(n // 2, passes)}
+    parts = [
+        [batches.batch(update + i) for batches in ranks for i in range(passes)]
+        for update in range(0, n, passes)
+    ]
+    assert all(len(part.tokens) <= batch_size for part in parts[0])
+    return [Batch(*(torch.cat(fields) for fields in zip(*part, strict=True))) for part in parts]
+
+
+@pytest.mark.parametrize("batch_size, accumulation, world_size", [(8, 1, 2), (8, 1, 4), (2, 4, 1), (3, 8, 4)])
+def test_an_update_has_the_same_rows_however_they_are_shared(
+    store: TokenStore, batch_size: int, accumulation: int, world_size: int
+):
+    one = rows_by_update(store, batch_size * accumulation, 1, 1)
+    many = rows_by_update(store, batch_size, accumulation, world_size)
+    assert len(one) == len(many) > 2 and all(same(a, b) for a, b in zip(one, many, strict=True))
+
+
+@pytest.mark.parametrize(
+    "batch_size, accumulation, world_size, n",
+    [(8, 3, 1, 3), (8, 4, 2, 2), (8, 1, 4, 1), (8, 2, 4, 1), (8, 3, 2, 2), (1, 6, 2, 3), (5, 2, 2, 1)],
+)
+def test_the_rows_of_a_rank_are_read_in_as_few_batches_as_the_batch_size_allows(
+    batch_size: int, accumulation: int, world_size: int, n: int
+):
+    assert micro_batches_of(batch_size, accumulation, world_size) == n
+    assert passes_of_rank(batch_size * accumulation, world_size, batch_size) == n
+
+
+def test_rows_that_ranks_cannot_share_evenly_are_refused(store: TokenStore):
+    with pytest.raises(ValueError, match=r"has 6 rows \(batch_size 3 x accumulation 2\), which 4 processes"):
+        Batches(store, 3, 32, 0, 0, 4, accumulation=2)
+
+
+def test_a_run_that_was_begun_before_keeps_its_order(store: TokenStore):
+    """By version 1 the rows of an epoch are a permutation, dealt by micro-batch."""
+    older = Batches(store, 4, 32, 3, accumulation=2).altered(version=1)
+    assert older.steps_per_epoch % 2, "an update goes on in the next epoch"
+    for epoch in (0, 1):
+        draw = np.random.Generator(np.random.PCG64([3, epoch]))
+        draw.permutation(store.n_documents)
+        expected = draw.permutation(-(-(store.n_tokens - 1) // 32))
+        for step in range(older.steps_per_epoch):
+            found = older.rows_of(epoch * older.steps_per_epoch + step)
+            assert found.tolist() == expected[4 * step : 4 * step + 4].tolist()
+    with pytest.raises(ValueError, match="one process read all rows of an update, and is to go on with 2"):
+        Batches(store, 4, 32, 3, 0, 2).altered(version=1)
+
+
+@pytest.mark.parametrize("n", [*range(1, 40), 64, 65, 1000, 2**16 + 1])
+def test_an_order_without_a_permutation_in_memory_has_each_number_once(n: int):
+    order = Bijection(n, np.random.Generator(np.random.PCG64(n)).bit_generator.random_raw(KEYS))
+    found = order[np.arange(n)]
+    assert sorted(found.tolist()) == list(range(n))
+    assert order[np.array([n - 1])] == found[-1], "a place does not depend on which others are asked for"
+    derived = shuffled_rows(n, 2, np.random.Generator(np.random.PCG64(n)))
+    assert found.tolist() == derived.tolist()
+
+
+def test_such_an_order_is_shuffled():
+    """Of n numbers in random order one stays in its place, and one follows its neighbour, on average."""
+    n, draws = 500, 200
+    orders = [
+        Bijection(n, np.random.Generator(np.random.PCG64(seed)).bit_generator.random_raw(KEYS))[np.arange(n)]
+        for seed in range(draws)
+    ]
+    stay = sum(int((order == np.arange(n)).sum()) for order in orders)
+    follow = sum(int((np.diff(order) == 1).sum()) for order in orders)
+    assert abs(stay - draws) < 5 * draws**0.5 and abs(follow - draws) < 5 * draws**0.5
+    firsts = [int(order[0]) for order in orders]
+    assert len(set(firsts)) > draws / 2
 
 
 def test_a_corpus_smaller_than_a_batch_repeats_to_fill_it(tmp_path: Path):

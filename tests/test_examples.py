@@ -566,7 +566,7 @@ def test_every_epoch_and_seed_has_its_own_order_and_as_many_rows(store: TokenSto
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_together_hold_what_one_rank_holds(store: TokenStore, world_size: int):
     one = Batches(store, 8, 32, seed=3)
-    ranks = [Batches(store, 8 // world_size, 32, 3, rank, world_size) for rank in range(world_size)]
+    ranks = [Batches(store, 8, 32, 3, rank, world_size) for rank in range(world_size)]
     for step in range(2 * one.steps_per_epoch):
         parts = [batches.batch(step) for batches in ranks]
         assert same(one.batch(step), Batch(*(torch.cat(fields) for fields in zip(*parts, strict=True))))

@@ -21,6 +21,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import dataset
 import trainingmanager
 from architecture import Decoder
 from config import (
@@ -39,6 +40,7 @@ from config.setting import REFUSED
 from data.documents import SPLITS
 from dataset import IGNORE_INDEX, Batch
 from guards import preflight
+from guards.reference import rows as rows_guard
 from guards.reference.live import DerivedSteps
 from selftest.prove_resume import run_difference
 from training import begin, loop, report
@@ -124,7 +126,8 @@ def test_resumed_equals_uninterrupted(config: Config, tmp_path: Path, name: Any)
 
 
 @pytest.mark.parametrize(
-    ("forgotten", "first"), [("random", 4), ("optimizers", 5), ("moments", 5), ("skipped_in_a_row", 6)]
+    ("forgotten", "first"),
+    [("random", 4), ("order", 4), ("optimizers", 5), ("moments", 5), ("skipped_in_a_row", 6)],
 )
 def test_a_checkpoint_that_lacks_something_is_seen(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str, first: int
@@ -133,6 +136,8 @@ def test_a_checkpoint_that_lacks_something_is_seen(
 
     Step 4 is the first after the resume; its loss is logged before its update, in which moments count."""
     config = replace(config, optimizer=replace(config.optimizer, schedule="constant"))
+    if forgotten == "random":  # Of older runs alone: dropout is seeded for each pass by now.
+        begun_before(monkeypatch)
     whole = train(config)
     half = adapted(config, run=str(tmp_path / "halves"), max_steps=3)
     train(half)
@@ -146,6 +151,8 @@ def test_a_checkpoint_that_lacks_something_is_seen(
             state["optimizers"][0]["state"][0]["momentum"][0] *= 2
         elif forgotten == "random":
             state["random"]["torch"] = torch.Generator().manual_seed(99).get_state()
+        elif forgotten == "order":
+            del state["order_version"]
         else:
             state["run"]["skipped_in_a_row"] = state["run"]["skipped_updates"] = 1
         return state
@@ -155,6 +162,28 @@ def test_a_checkpoint_that_lacks_something_is_seen(
     resumed = train(adapted(half, max_steps=6, resume=True, allow=allow))
     difference = run_difference(whole.folder, resumed.folder)
     assert difference is not None and difference[0] == first
+
+
+def begun_before(patch: pytest.MonkeyPatch) -> None:
+    """Let runs begin as they did before rows were dealt by update, and passes seeded."""
+    patch.setattr(dataset, "ORDER_VERSION", 1)
+    patch.setattr(rows_guard, "VERSION", 1)
+
+
+def test_a_run_that_was_begun_before_goes_on_in_its_order(config: Config, tmp_path: Path) -> None:
+    """Over the end of an epoch, with dropout, where an update has micro-batches of both epochs."""
+    config = replace(config, optimizer=replace(config.optimizer, schedule="constant"))
+    config = adapted(config, max_steps=9, batch_size=6, accumulation=3)
+    with pytest.MonkeyPatch.context() as patch:
+        begun_before(patch)
+        whole = train(config)
+        half = adapted(config, run=str(tmp_path / "halves"), max_steps=3)
+        older = train(half)
+    resumed = train(adapted(half, max_steps=9, resume=True))
+    assert older.batches.steps_per_epoch % 3 and resumed.epoch() > 1 > older.epoch()
+    assert resumed.batches.version == 1 < dataset.ORDER_VERSION
+    assert_equal(weights(whole), weights(resumed))
+    assert run_difference(whole.folder, resumed.folder) is None
 
 
 def ignored(*_: Any, **__: Any) -> None:
@@ -274,9 +303,8 @@ def test_micro_batches_equal_one_batch_although_ragged(config: Config) -> None:
         manager.model, manager.parameters = fresh, list(fresh.parameters())
         manager.optimizers = [Recorder(fresh)]  # type: ignore[list-item]
         manager.config = replace(manager.config, optimizer=replace(manager.config.optimizer, grad_clip=0.0))
-        manager.batches = Fixed(parts)  # type: ignore[assignment]
         manager.state.step = 0
-        manager.update()
+        manager.update_on(parts, manager.progress())
         gradients.append(manager.optimizers[0].seen)  # type: ignore[attr-defined]
     for other in gradients[1:]:
         for key in other:
@@ -288,18 +316,6 @@ def ragged(batch: Batch) -> Batch:
     for row in range(len(labels)):
         labels[row, 3 + 5 * row :] = IGNORE_INDEX
     return batch._replace(labels=labels)
-
-
-class Fixed:
-    """Batches that are given."""
-
-    steps_per_epoch = 10
-
-    def __init__(self, parts: list[Batch]):
-        self.parts = parts
-
-    def batch(self, step: int) -> Batch:
-        return self.parts[step]
 
 
 class Recorder(torch.optim.SGD):

@@ -44,7 +44,7 @@ from training.checkpoint import (
 from training.log import Log, say, show_progress, training_bar
 from training.loss import TokenLoss, TokenScores, score, token_loss
 from training.optim import build_optimizers, learning_rate_factor
-from training.random_state import gpu_state, random_states, set_random_states
+from training.random_state import gpu_state, random_states, seed_pass, set_random_states
 from training.runfolder import config_fingerprint
 from training.signals import leave, signals_noted
 from training.state import RunState, budget_used, still_falling
@@ -119,6 +119,7 @@ class TrainingManager:
             loss_on_prompts=config.data.loss_on == "all",
             order=config.data.order,
             difficulty=difficulties(data.train, config.data.difficulty) if by_difficulty else None,
+            accumulation=train.accumulation,
         )
         self.optimizers = build_optimizers(
             model, config.optimizer, config.lora.lr_ratio, config.model.width_mult
@@ -231,10 +232,9 @@ class TrainingManager:
             print(f"warning: {warning}", file=sys.stderr)
 
     def update(self) -> dict[str, float]:
-        """Take the next optimizer step, over `accumulation` micro-batches; return what is logged of it."""
-        accumulation = self.config.train.accumulation
-        first = self.state.step * accumulation
-        micro_batches = [self.micro_batch(first + i) for i in range(accumulation)]
+        """Take the next optimizer step, over its micro-batches; return what is logged of it."""
+        first = self.state.step * self.batches.per_update
+        micro_batches = [self.micro_batch(first + i) for i in range(self.batches.per_update)]
         return self.update_on(micro_batches, self.progress())
 
     def update_on(self, micro_batches: list[Batch], progress: float) -> dict[str, float]:
@@ -245,7 +245,11 @@ class TrainingManager:
             raise ValueError(f"no token of step {self.state.step + 1} is a target; check the data's labels")
         self.model.train()
         nll = 0.0
-        for batch in micro_batches:
+        for number, batch in enumerate(micro_batches):
+            if self.batches.version > 1:  # Before, the state of the generators went on from pass to pass.
+                seed_pass(
+                    self.config.train.seed, self.state.step, self.batches.first_row(number), self.device
+                )
             loss = self.loss(batch)
             self.scaler.scale(loss.objective / targets).backward()
             nll += loss.cross_entropy.item()
@@ -316,7 +320,7 @@ class TrainingManager:
 
     def epoch(self) -> float:
         """Return how many passes over the training data are done."""
-        return self.state.step * self.config.train.accumulation / self.batches.steps_per_epoch
+        return self.batches.epoch(self.state.step)
 
     def progress(self) -> float:
         """Return the share of the budget that is used; the run ends at 1."""
@@ -413,7 +417,7 @@ class TrainingManager:
                 "tokenizer": self.data.train.tokenizer_fingerprint,
                 "corpus": self.data.report.corpus,
             },
-        }
+        } | ({"order_version": self.batches.version} if self.batches.version > 1 else {})
 
     def resume(self) -> None:
         """Go on from the newest checkpoint that is whole; print which damaged ones were passed over.
@@ -426,6 +430,8 @@ class TrainingManager:
         load_weights(self.model, manifest)
         state = load_state(manifest)
         self.state = RunState(**state["run"] | {"best_loss": float(state["run"]["best_loss"])})
+        if (version := state.get("order_version", 1)) != self.batches.version:
+            self.batches = self.batches.altered(version=version)
         for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(values)
         if self.scaler.is_enabled() and state["scaler"]:

@@ -16,6 +16,28 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def seed_torch(number: int, device: torch.device) -> None:
+    """Seed torch's generators of the CPU and of the run's device.
+
+    `torch.manual_seed` formats the stack for each kind of device that is not there: up to 0.7 ms a call.
+    """
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
+
+
+def seed_pass(seed: int, update: int, row: int, device: torch.device) -> None:
+    """Seed a training pass, whose dropout is then the same wherever and after whatever it is made.
+
+    Args:
+        seed: The run's.
+        update: The updates before this one.
+        row: The place, among the rows of the update, of the first row of the pass.
+    """
+    words = np.random.SeedSequence([seed, update, row]).generate_state(1, np.uint64)
+    seed_torch(int(words[0]), device)
+
+
 def random_states(device: torch.device) -> dict[str, Any]:
     """Return the states of all that `seed_everything` seeds, as tensors and plain values."""
     version, words, gauss = random.getstate()

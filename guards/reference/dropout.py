@@ -16,10 +16,11 @@ from adapters.layers import LowRank, weight_of
 from guards.reference.comparison import Comparison
 from guards.reference.effective import adapted
 from guards.reference.rounding import STEP32
-from guards.subject import GuardSubject, is_large, seed
+from guards.subject import GuardSubject, is_large
 from lora import LoraLinear
 from modules.dropout import Dropout
 from reference import dropout
+from training.random_state import seed_torch
 
 SHAPE = (128, 256)  # Of what a dropout is given.
 ROWS, TEXT = 64, 16  # Rows, and tokens of each, of what attention is given.
@@ -119,7 +120,7 @@ def compare_module(
     comparison.exact(f"{stage}, its probability", cast(Any, module).p, p, "hand the setting to every part")
     factors = []
     for number in torch.randint(2**31, (2,)).tolist():
-        seed(number, device)
+        seed_torch(number, device)
         x = torch.ones(SHAPE, requires_grad=True, device=device)
         out = module(x)
         out.backward(torch.ones_like(out))
@@ -127,7 +128,7 @@ def compare_module(
         factors.append(out.detach().double().cpu())
         comparison.close(f"{stage}, its gradient", x.grad, factors[-1], 1e-6, REMEDY)
         if isinstance(module, Dropout) and x.device.type == "cpu":
-            seed(number, device)
+            seed_torch(number, device)
             kept = dropout.mask(int(torch.randint(2**62, ())), 0, SHAPE, p)
             expected = torch.from_numpy(kept).double() / (1 - dropout.share(p))
             comparison.close(f"{stage}, its mask", factors[-1], expected, 1e-6, REMEDY)
@@ -199,14 +200,14 @@ def compare_adapter(comparison: Comparison, stage: str, module: LoraLinear, p: f
             derived = DerivedAdapter(module, layer)
             x = torch.randn(INPUTS, base.in_features, dtype=dtype, device=before.device, requires_grad=True)
             g = torch.randn(INPUTS, base.out_features, dtype=dtype, device=before.device)
-            seed(number, before.device)
+            seed_torch(number, before.device)
             (found,) = torch.autograd.grad((module(x) * g).sum(), x)
             factor, clear = derived.factor(found, g)
             factors.append(factor.where(clear, math.nan))
             with torch.no_grad():
                 x *= clear.to(x.device)  # What is not seen of the mask then decides nothing.
             kept = torch.where(factor > 0.5, 1 / (1 - dropout.share(p)), 0.0)
-            seed(number, before.device)
+            seed_torch(number, before.device)
             out = module(x)
             found = [out, *torch.autograd.grad((out * g).sum(), (layer.a, layer.b))]
             for name, ours, (theirs, tolerance) in zip(
@@ -214,7 +215,7 @@ def compare_adapter(comparison: Comparison, stage: str, module: LoraLinear, p: f
             ):
                 comparison.close(f"{stage}, {name}", ours, theirs, tolerance, REMEDY)
             if before.device.type == "cpu":
-                seed(number, before.device)
+                seed_torch(number, before.device)
                 mask = dropout.mask(int(torch.randint(2**62, ())), 0, (INPUTS, base.in_features), p)
                 same = bool((torch.from_numpy(mask) == (factor > 0.5))[clear].all())
                 comparison.exact(f"{stage}, its mask", same, True, REMEDY)

@@ -95,7 +95,7 @@ class DerivedSteps(FirstSteps):
 
     def _compare_counters(self, comparison: Comparison) -> None:
         """Compare by how much the counts of updates, targets and skipped updates rose."""
-        labels = [self._batch(number).labels for number in range(self.subject.config.train.accumulation)]
+        labels = [self._batch(number).labels for number in range(self.subject.passes)]
         state = self.subject.state
         comparison.exact(
             f"counts of updates, targets and skipped ones after update {self.step + 1}",
@@ -113,7 +113,7 @@ class DerivedSteps(FirstSteps):
         """Compare the share of the budget that is used, by which the schedule goes and the run ends."""
         subject, step = self.subject, self.subject.state.step
         train = subject.config.train
-        epoch = step * train.accumulation / subject.batches.steps_per_epoch
+        epoch = step * subject.passes / subject.batches.steps_per_epoch
         expected = update.progress(train, step, epoch, subject.state.seconds)
         found = min(1.0, subject.progress())  # A last update may go past the end.
         # Some products and quotients in fp64: each rounds by 1e-16.

@@ -12,9 +12,11 @@ from guards.reference.comparison import Comparison
 from guards.reference.text import stored_splits
 from guards.subject import GuardSubject
 from reference import rows
+from reference.checkpoints import order_version_of
 from reference.rows import ExampleRows, PlainRows, Row
 from reference.stored import Stored
 
+VERSION = 2  # Of the order of rows, in a run that begins.
 MOST_ORDERED = 10**7  # Documents and rows whose order is derived.
 MOST_COUNTED = 10**6  # Rows of an epoch that are counted, and whose next epoch is derived.
 DRAWS = 10**4  # Of the rows of a larger one.
@@ -93,7 +95,7 @@ def _new_tokens(subject: GuardSubject, stored: Stored, comparison: Comparison) -
 class Epoch:
     """The rows of an epoch by the reference, and their order; `numbers` is None where it is not derived."""
 
-    def __init__(self, subject: GuardSubject, stored: Stored, number: int):
+    def __init__(self, subject: GuardSubject, stored: Stored, number: int, version: int):
         settings = subject.config
         draw = rows.epoch_draw(settings.train.seed, number)
         kind, difficulty = settings.data.order, subject.batches.difficulty
@@ -109,35 +111,62 @@ class Epoch:
             self.rows = PlainRows(stored, order, length)
         self.numbers = np.arange(self.rows.n_rows)
         if kind == "shuffled":
-            self.numbers = draw.permutation(self.rows.n_rows)
+            self.numbers = rows.shuffled_rows(self.rows.n_rows, version, draw)
         elif isinstance(self.rows, ExampleRows):
             self.numbers = self.rows.in_order(order)
+
+
+class Dealing:
+    """How the rows of an epoch go to the micro-batches of this process, by the settings.
+
+    Attributes:
+        version: That of a new run, or of the checkpoint that the run goes on from.
+        passes: Micro-batches of this process in an update.
+        n_steps: Those of an epoch.
+    """
+
+    def __init__(self, subject: GuardSubject, stored: Stored):
+        train, batches = subject.config.train, subject.batches
+        self.version = VERSION if subject.checkpoint is None else order_version_of(subject.checkpoint)
+        self.epoch = Epoch(subject, stored, 0, self.version)
+        n_rows, self.rank = self.epoch.rows.n_rows, batches.rank
+        self.of_update = train.batch_size * (1 if self.version == 1 else train.accumulation)
+        self.own = self.of_update // batches.world_size
+        self.passes = rows.passes_of_rank(self.of_update, batches.world_size, train.batch_size)
+        self.n_steps = rows.updates_of_epoch(n_rows, self.of_update) * self.passes
+
+    def numbers(self, epoch: Epoch, step: int) -> np.ndarray:
+        """Return the numbers of the rows in a micro-batch of this process."""
+        update, part = divmod(step, self.passes)
+        size = self.own // self.passes
+        return rows.dealt(epoch.numbers, update * self.of_update + self.rank * self.own + part * size, size)
 
 
 def _training(
     subject: GuardSubject, stored: Stored, comparison: Comparison, draw: np.random.Generator
 ) -> None:
     """Compare the rows of the first two updates and of a random one, and the order of an epoch."""
-    settings = subject.config
-    size = settings.train.batch_size
     if reason := _too_much(subject, stored):
         comparison.leave_out("rows of training", reason)
         return
     _same_difficulty(subject, stored, comparison)
-    epoch = Epoch(subject, stored, 0)
-    n_steps = max(1, epoch.rows.n_rows // size)
-    found = subject.batches.steps_per_epoch
+    dealing = Dealing(subject, stored)
+    epoch, n_steps = dealing.epoch, dealing.n_steps
+    found = subject.batches.version, subject.batches.steps_per_epoch
     comparison.exact(
-        "micro-batches of an epoch", found, n_steps, "only rows that fill no last batch are left out"
+        "version of the order, and micro-batches of an epoch",
+        found,
+        (dealing.version, n_steps),
+        "only rows that fill no last update are left out",
     )
-    first = range(min(n_steps, 2 * settings.train.accumulation, MOST_BATCHES))
+    first = range(min(n_steps, 2 * subject.passes, MOST_BATCHES))
     for step in [*first, int(draw.integers(n_steps)), n_steps - 1]:
-        numbers = rows.dealt(epoch.numbers, size, step)
+        numbers = dealing.numbers(epoch, step)
         _same_batch(f"micro-batch {step}", subject.micro_batch(step), epoch.rows, numbers, comparison, draw)
-    _same_order(subject, epoch, n_steps, comparison, draw)
+    _same_order(subject, dealing, comparison, draw)
     if epoch.rows.n_rows <= MOST_COUNTED:
-        following = Epoch(subject, stored, 1)
-        numbers = rows.dealt(following.numbers, size, 0)
+        following = Epoch(subject, stored, 1, dealing.version)
+        numbers = dealing.numbers(following, 0)
         stage = f"micro-batch {n_steps}, the first of the second epoch"
         _same_batch(stage, subject.micro_batch(n_steps), following.rows, numbers, comparison, draw)
         subject.batches.rows_of(0)  # The rows of the first epoch are kept again.
@@ -175,19 +204,20 @@ def _same_difficulty(subject: GuardSubject, stored: Stored, comparison: Comparis
 
 
 def _same_order(
-    subject: GuardSubject, epoch: Epoch, n_steps: int, comparison: Comparison, draw: np.random.Generator
+    subject: GuardSubject, dealing: Dealing, comparison: Comparison, draw: np.random.Generator
 ) -> None:
     """Compare which rows each step of an epoch has: all of them, or many of a large one; count them."""
-    size, n_rows = subject.config.train.batch_size, epoch.rows.n_rows
+    epoch, n_steps = dealing.epoch, dealing.n_steps
+    n_rows, size = epoch.rows.n_rows, dealing.own // dealing.passes
     steps = (
         range(n_steps) if n_rows <= MOST_COUNTED else draw.integers(n_steps, size=DRAWS // size + 1).tolist()
     )
     found = np.concatenate([subject.batches.rows_of(step) for step in steps])
-    once = n_rows < size or n_rows > MOST_COUNTED or int(np.bincount(found).max()) == 1
+    once = n_rows < dealing.of_update or n_rows > MOST_COUNTED or int(np.bincount(found).max()) == 1
     comparison.exact(
         "rows of an epoch, each once", once, True, "a row is trained on twice, and another never"
     )
-    expected = np.concatenate([rows.dealt(epoch.numbers, size, step) for step in steps])
+    expected = np.concatenate([dealing.numbers(epoch, step) for step in steps])
     other = np.flatnonzero(found != expected) if len(found) == len(expected) else [0]
     place = int(other[0]) if len(other) else 0
     remedy = _order_remedy(found, subject, n_rows)
@@ -203,7 +233,7 @@ def _order_remedy(found: np.ndarray, subject: GuardSubject, n_rows: int) -> str:
     """Return what an order of rows is where it is a known one."""
     if subject.config.data.order == "shuffled" and n_rows > 8 and bool((np.diff(found) == 1).all()):
         return "rows come as they lie, and data.order is shuffled?"
-    return "the rows of an epoch are permuted by PCG64([seed, epoch]), after the documents"
+    return "the rows of an epoch are ordered by PCG64([seed, epoch]), after the documents"
 
 
 # --- validation ------------------------------------------------------------------------------------

@@ -128,9 +128,7 @@ def compare_log(
     for line in lines:
         if "train/loss" not in line:
             continue
-        passes = [
-            (line["step"] - back) * train.accumulation / subject.batches.steps_per_epoch for back in (0, 1)
-        ]
+        passes = [(line["step"] - back) * subject.passes / subject.batches.steps_per_epoch for back in (0, 1)]
         found, expected = [line["train/epoch"]], [passes[0]]
         if not train.max_seconds and (train.max_steps or train.max_epochs):
             used = update.progress(train, line["step"] - 1, passes[1], 0.0)
