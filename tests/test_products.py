@@ -216,6 +216,16 @@ def test_without_time_the_first_way_is_taken(tmp_path, monkeypatch):
     assert not model[0].calls, "the plain way, of many rows"
 
 
+@pytest.mark.parametrize("second, remembered", [(1.9, False), (1.4, True)])
+def test_a_best_way_whose_turns_disagree_is_not_remembered(second, remembered, tmp_path, monkeypatch):
+    monkeypatch.setattr(products, "CLEAR", 1.5)
+    # One turn of the plain way, the slower and the fast one with one weight each, then some of the fast one.
+    turns = iter([9.0, 9.0, 1.0, 1.0])
+    monkeypatch.setattr(products, "_seconds", lambda ways, x: next(turns, second))
+    speed_up(waiting())
+    assert bool(list(tmp_path.iterdir())) == remembered
+
+
 @pytest.mark.parametrize("fault", ["wrong", "nan", "error", "one output"])
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_kernel_that_gives_wrong_numbers_is_replaced(kind, fault, monkeypatch, capsys):
