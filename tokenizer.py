@@ -26,6 +26,7 @@ from tokenization.files import read_json
 from tokenization.library import CONFIG_FILE, KIND_KEY, TOKENIZER_FILE
 from tokenization.pretrained import STARTS_GAPS, PretrainedTokenizer, opened_by_transformers
 from tokenization.published import VOCAB_FILE
+from tokenization.sentencepieces import SENTENCEPIECE_FILE, can_read_sentencepiece
 
 __all__ = [
     "BOS",
@@ -33,6 +34,7 @@ __all__ = [
     "GAPS",
     "GENERATION",
     "PAD",
+    "SENTENCEPIECE_FILE",
     "SPECIALS",
     "STARTS_GAPS",
     "TRAINING_VERSION",
@@ -40,6 +42,7 @@ __all__ = [
     "CodeTokenizer",
     "PretrainedTokenizer",
     "Tokenizer",
+    "can_read_sentencepiece",
     "end_ids",
     "load_tokenizer",
     "opened_by_transformers",
@@ -61,7 +64,7 @@ def load_tokenizer(folder: Path, as_saved: bool = False) -> Tokenizer:
     folder = Path(folder)
     if (folder / CODE_FILE).exists():
         return CodeTokenizer.load(folder)
-    if not any((folder / name).exists() for name in (TOKENIZER_FILE, VOCAB_FILE)):
+    if not any((folder / name).exists() for name in (TOKENIZER_FILE, VOCAB_FILE, SENTENCEPIECE_FILE)):
         raise ValueError(f"{folder} holds no tokenizer: expected {CODE_FILE} or {TOKENIZER_FILE} in it")
     config = folder / CONFIG_FILE
     if config.exists() and read_json(config).get(KIND_KEY) == BPETokenizer.kind:

@@ -58,7 +58,15 @@ from pretrained.folder import (
     stamp,
     wrong_tensors,
 )
-from tokenizer import GENERATION, PretrainedTokenizer, Tokenizer, end_ids, load_tokenizer
+from tokenizer import (
+    GENERATION,
+    SENTENCEPIECE_FILE,
+    PretrainedTokenizer,
+    Tokenizer,
+    can_read_sentencepiece,
+    end_ids,
+    load_tokenizer,
+)
 
 FAMILIES = {
     module.FAMILY.model_type: module.FAMILY
@@ -95,8 +103,7 @@ TOKENIZER = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-SENTENCEPIECE = "tokenizer.model"
-TEXTS = (CONFIG, GENERATION, *TOKENIZER, SENTENCEPIECE)
+TEXTS = (CONFIG, GENERATION, *TOKENIZER, SENTENCEPIECE_FILE)
 
 
 @dataclass(frozen=True)
@@ -468,15 +475,17 @@ def _refuse_other_twin(twin: TensorEntry, embedding: Tensor, head: str, embed: s
 
 def _tokenizer(folder: Path, vocab_size: int, linked: bool) -> Tokenizer | None:
     if not any((folder / name).exists() for name in TOKENIZER[:3]):
-        if (folder / SENTENCEPIECE).exists():
+        if not (folder / SENTENCEPIECE_FILE).exists():
+            return None
+        if not can_read_sentencepiece():
             print(
-                f"warning: the tokenizer in {folder} is {SENTENCEPIECE} alone, of SentencePiece, which is "
-                "not read, so the model has none; AutoTokenizer.from_pretrained(FOLDER) of transformers, and "
-                f"its save_pretrained(FOLDER), write the {TOKENIZER[0]} that is",
+                f"warning: the tokenizer in {folder} is {SENTENCEPIECE_FILE} alone, and the packages that "
+                "read it are not installed, so the model has none; python -m pip install sentencepiece "
+                "protobuf",
                 file=sys.stderr,
             )
-        return None
-    for name in TOKENIZER:
+            return None
+    for name in (*TOKENIZER, SENTENCEPIECE_FILE):
         if (folder / name).exists():
             inner_path(folder, name, linked)
     tokenizer = load_tokenizer(folder)

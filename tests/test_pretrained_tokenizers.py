@@ -20,7 +20,7 @@ import pytest
 import torch
 import transformers
 from hypothesis import HealthCheck, example, given, settings
-from pretrained_folders import LLAMA, change_json, llama_folder, refused
+from pretrained_folders import LLAMA, change_json, refused
 from test_tokenizer import ANY_TEXT
 
 from architecture import Decoder
@@ -342,17 +342,6 @@ def test_tokens_that_were_added_beyond_the_model_are_left_out(where, tmp_path, c
         )
     generate(model, tokenizer, ["x"], GenerationConfig(max_new_tokens=2))
     assert load_tokenizer(saved(tokenizer, tmp_path / "again")).fingerprint == tokenizer.fingerprint
-
-
-def test_a_tokenizer_of_sentencepiece_is_told_in_a_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = llama_folder(tmp_path / "model")
-    assert load_pretrained(folder).tokenizer is None and not capsys.readouterr().err
-    (folder / "tokenizer.model").write_bytes(b"\n\x0e")
-    assert load_pretrained(folder).tokenizer is None
-    said = capsys.readouterr().err
-    assert said.startswith("warning: ") and "tokenizer.model alone" in said and said.count("\n") == 1
 
 
 def test_every_file_of_a_tokenizer_that_is_read_is_fetched_too() -> None:

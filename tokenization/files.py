@@ -21,6 +21,14 @@ def write_file(path: Path, text: str) -> None:
 def read_file(path: Path) -> str:
     """Return a file's text; ValueError if it is missing, no regular file, too large or not UTF-8."""
     try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read the tokenizer file {path}: {error}") from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return what a file holds; ValueError if it is missing, no regular file or too large."""
+    try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
             raise ValueError(f"the tokenizer file {path} is no regular file; put the file itself there")
@@ -28,8 +36,8 @@ def read_file(path: Path) -> str:
             raise ValueError(
                 f"the tokenizer file {path} has {found.st_size} bytes; at most {MOST_BYTES} are read"
             )
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return path.read_bytes()
+    except OSError as error:
         raise ValueError(f"cannot read the tokenizer file {path}: {error}") from error
 
 

@@ -13,7 +13,7 @@ import tokenizers
 from tokenization.base import Tokenizer, content_hash
 from tokenization.classes import BUILDERS
 from tokenization.code_pieces import BOS, EOS, PAD, SPECIALS
-from tokenization.files import parse_json, read_file, write_file
+from tokenization.files import parse_json, read_bytes, read_file, write_file
 from tokenization.growth import refuse_steep
 from tokenization.library import (
     CONFIG_FILE,
@@ -48,6 +48,7 @@ from tokenization.published import (
     token_text,
     without_tokens,
 )
+from tokenization.sentencepieces import SENTENCEPIECE_FILE, from_sentencepiece
 
 # A key of tokenizer_config.json: whether texts with a gap were trained with the start token of all others.
 # Where it is absent, a base or run made here had none; a published model has one if its other texts do.
@@ -365,16 +366,18 @@ class PretrainedTokenizer(Tokenizer):
     def _load(cls, folder: Path, as_saved: bool) -> Self:
         folder = Path(folder)
         files = read_folder(folder)
-        if TOKENIZER_FILE not in files and not all(
-            (folder / name).exists() for name in (VOCAB_FILE, MERGES_FILE)
-        ):
+        has_merges = all((folder / name).exists() for name in (VOCAB_FILE, MERGES_FILE))
+        if TOKENIZER_FILE not in files and not has_merges and not (folder / SENTENCEPIECE_FILE).exists():
             raise ValueError(
                 f"{folder / TOKENIZER_FILE} is missing: a pretrained tokenizer is a folder with that file, "
-                f"or with {VOCAB_FILE} and {MERGES_FILE}"
+                f"with {VOCAB_FILE} and {MERGES_FILE}, or with {SENTENCEPIECE_FILE}"
             )
         try:
-            if TOKENIZER_FILE not in files:
+            if TOKENIZER_FILE not in files and has_merges:
                 files |= from_merges(read_file(folder / VOCAB_FILE), read_file(folder / MERGES_FILE), files)
+            elif TOKENIZER_FILE not in files:
+                files |= from_sentencepiece(read_bytes(folder / SENTENCEPIECE_FILE), files)
+                files = as_opened(files, folder, tuple(BUILDERS))
             elif not as_saved:
                 files = as_opened(files, folder, ("LlamaTokenizer", "CodeLlamaTokenizer"))
             tokenizer = cls(files)

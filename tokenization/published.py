@@ -64,7 +64,8 @@ def as_opened(files: dict[str, str], folder: Path, classes: Container[str]) -> d
     tokens = {key: token for key, token in DEFAULT_TOKENS.get(name, {}).items() if token in ids}
     named_tokens = tokens | config
     bos = named_tokens.get("bos_token")
-    if name == "CodeLlamaTokenizer" and bos is not None and token_text(bos) in ids:
+    starts = (folder / TOKENIZER_FILE).exists() or config.get("add_bos_token", True)
+    if name == "CodeLlamaTokenizer" and starts and bos is not None and token_text(bos) in ids:
         state = state | {"post_processor": start_template(token_text(bos), ids[token_text(bos)])}
     if name == "GPTNeoXTokenizer" and state.get("post_processor") is not None:
         state = state | {"post_processor": None}  # The class makes one that adds nothing.
