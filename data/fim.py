@@ -25,6 +25,12 @@ MARKERS = (
     ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),  # Qwen2.5-Coder
     ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),  # DeepSeek-Coder
 )
+# How clients write the gap for models that cannot be opened here, in the order of the text.
+FOREIGN = (
+    ("<PRE>", "<SUF>", "<MID>"),  # Code Llama
+    ("[SUFFIX]", "[PREFIX]"),  # Codestral
+    ("<[fim-suffix]>", "<[fim-prefix]>", "<[fim-middle]>"),  # Seed-Coder
+)
 # Other tokens that such a model writes when the gap is full: another file begins, or the text ends.
 ENDS = (
     "<fim_pad>",
@@ -187,16 +193,15 @@ def marked_prompt_ids(tokenizer: Tokenizer, text: str) -> list[int] | None:
         ValueError: The markers are those of another family.
     """
     known = known_markers(tokenizer)
+    for markers in FOREIGN:
+        if text.lstrip().startswith(markers[0]) and all(token in text for token in markers):
+            raise ValueError(_other_family(tokenizer, markers))
     for markers in MARKERS:
         places = [text.rfind(token) for token in markers]
         if min(places) < 0 or places != sorted(places):
             continue
         if known != tuple(tokenizer.token_id(token) for token in markers):
-            own = next((own for own in MARKERS if all(tokenizer.token_id(x) is not None for x in own)), None)
-            needed = (
-                f"send {' '.join(own)}" if own else "the model knows none: send the text before the gap alone"
-            )
-            raise ValueError(f"the prompt has the markers {' '.join(markers)} of another family; {needed}")
+            raise ValueError(_other_family(tokenizer, markers))
         spelled = {token: tokenizer.token_id(token) for token in (*markers, *ENDS)}
         special = {token: id for token, id in spelled.items() if id is not None}
         prefix, suffix = text[len(markers[0]) : places[1]], text[places[1] + len(markers[1]) : places[2]]
@@ -207,3 +212,9 @@ def marked_prompt_ids(tokenizer: Tokenizer, text: str) -> list[int] | None:
             ids += [special[piece]] if piece in special else tokenizer.encode(piece) if piece else []
         return ids
     return None
+
+
+def _other_family(tokenizer: Tokenizer, markers: tuple[str, ...]) -> str:
+    own = next((own for own in MARKERS if all(tokenizer.token_id(x) is not None for x in own)), None)
+    needed = f"send {' '.join(own)}" if own else "the model knows none: send the text before the gap alone"
+    return f"the prompt has the markers {' '.join(markers)} of another family; {needed}"

@@ -14,7 +14,7 @@ from architecture import Decoder
 from generation.command import Opened, opened
 from serving.gate import Gate, read_token, refuse_open_address
 from serving.scores import known_scores
-from serving.settings import ServeConfig
+from serving.settings import FORMAT_DIFFERS, ServeConfig
 from tokenizer import Tokenizer
 
 RUNS = Path("runs")
@@ -115,7 +115,8 @@ def serve(
     adapters = open_with_adapters(settings) if settings.adapters else None
     found = Opened(adapters.model, adapters.tokenizer) if adapters else opened(settings)
     model, tokenizer, run = found
-    examine(settings, model, tokenizer, [])
+    faults = tuple(name for name in settings.allow if not adapters or name != FORMAT_DIFFERS)
+    examine(replace(settings, allow=faults), model, tokenizer, [])
     service = Service(model, tokenizer, settings.name or name_of(settings.model), settings, adapters)
     service.scores[service.name] = known_scores(settings.model, run, settings.held)
     service.scores |= {name: known_scores(folder) for name, folder in settings.adapters.items()}

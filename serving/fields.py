@@ -44,7 +44,8 @@ def parse_body(data: bytes) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise Refused(400, f"the body is no JSON: {error.msg} at character {error.pos}") from None
     except (ValueError, RecursionError):
-        raise Refused(400, "the body is not read: a number or its nesting is too large") from None
+        told = "the body is not read: it holds NaN or Infinity, or a number or its nesting is too large"
+        raise Refused(400, told) from None
     if not isinstance(body, dict):
         raise Refused(400, "the body is JSON, but no object")
     return body

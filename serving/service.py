@@ -184,7 +184,6 @@ class Service:
 
         def part(sample: int, text: str) -> None:
             text = endings[sample].feed(text) if endings else text
-            answer.first = answer.first or time.monotonic()
             if text and asked.stream:
                 tell(Event(first + sample, text))
 
@@ -219,8 +218,11 @@ class Service:
         ).request
         # Nobody waits for the answer to a warm-up.
         request = replace(request, editor=asked.editor or None, interactive=fitted.n_new > 0 or request.echo)
-        if not endings:
-            return request
-        stopped = request.stopped
-        assert stopped is not None, "a TextRequest has one"
-        return replace(request, stopped=lambda sample, ids: stopped(sample, ids) or endings[sample].is_over)
+        read = request.stopped
+        assert read is not None, "a TextRequest has one"
+
+        def stopped(sample: int, ids: list[int]) -> bool:
+            answer.first = answer.first or time.monotonic()
+            return read(sample, ids) or bool(endings and endings[sample].is_over)
+
+        return replace(request, stopped=stopped)

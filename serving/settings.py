@@ -10,6 +10,7 @@ from config import option
 from generation.settings import ExaminedConfig
 
 ALIAS = "plumb"  # A name for whatever is served: settings of editors can be pasted as they are.
+FORMAT_DIFFERS = "format-differs"  # What --allow takes besides the names of faults.
 
 
 @dataclass(frozen=True, kw_only=True)

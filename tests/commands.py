@@ -37,7 +37,7 @@ def forked(work: Callable[[], Any], out: Path, err: Path | None = None) -> int:
         torch.set_num_threads(1)
         for number, path in ((1, out), (2, err or out)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", encoding="utf-8"), os.fdopen(2, "w", encoding="utf-8")
+        sys.stdout, sys.stderr = os.fdopen(1, "w", encoding="utf-8"), os.fdopen(2, "w", 1, encoding="utf-8")
         work()
         code = 0
     except SystemExit as stop:

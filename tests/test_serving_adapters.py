@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import runpy
 import shutil
+import signal
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from commands import exit_code, forked
 from decoders import scrambled
 from test_adapter import scramble_adapters
 from test_generate_command import STARCODER
@@ -20,15 +26,18 @@ from test_serve_command import SHAPE
 from test_serving import PROMPT, SETTINGS, SUFFIX, Running, post, running, until
 
 from config import LoraConfig, ModelConfig
+from config.files import REPOSITORY
 from generation.settings import GenerationConfig
 from generation.text import generate
-from lora import add_adapter
+from lora import adapters_of, add_adapter
 from pretrained import load_pretrained, save_pretrained
 from pretrained.save_adapter import save_adapter
+from serving import formats
 from serving.adapters import open_with_adapters
+from serving.formats import token_losses
 from serving.service import Service
 from serving.settings import ServeConfig
-from training.run import open_adapted
+from training.run import open_adapted, open_base_of, with_adapter
 
 NAMES = ("one", "two")
 
@@ -151,9 +160,42 @@ def test_an_adapter_is_read_again_between_requests_and_a_broken_one_leaves_the_o
         assert text("two") == alone(folders, "two", [PROMPT])[0] and text() == after and text("base") == base
 
 
-def test_without_a_token_only_a_signal_reads_them_again(served: Running) -> None:
-    answered = post(served, {}, "/v1/adapters")
-    assert answered.status_code == 403 and "send SIGHUP" in answered.json()["error"]["message"]
+def test_sighup_reads_them_again_and_a_broken_one_leaves_the_old(folders: Path, tmp_path: Path) -> None:
+    root, out = tmp_path / "root", tmp_path / "out"
+    shutil.copytree(folders, root)
+    out.touch()
+
+    def work() -> None:
+        sys.argv = [str(REPOSITORY / "serve.py"), "--model", str(root / "base"), "--port", "0"]
+        sys.argv += ["--adapter", f"one={root / 'one'}", "--cache", str(tmp_path / "cache")]
+        sys.argv += ["--device", "cpu"]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+
+    child = forked(work, out)
+    try:
+        until(lambda: "listening" in out.read_text(), 60)
+        (url,) = re.findall(r"listening at (http://127\.0\.0\.1:\d+);", out.read_text())
+
+        def text() -> str:
+            body = {"model": "one", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+            return httpx.post(f"{url}/v1/completions", json=body, timeout=30).json()["choices"][0]["text"]
+
+        assert text() == alone(root, "one", [PROMPT])[0]
+        refused = httpx.post(f"{url}/v1/adapters", json={})
+        assert refused.status_code == 403 and "send SIGHUP" in refused.json()["error"]["message"]
+        shutil.rmtree(root / "one")
+        write_adapter(root / "base", root / "one", 3)
+        os.kill(child, signal.SIGHUP)
+        until(lambda: "adapter one was read again" in out.read_text(), 30)
+        (after,) = alone(root, "one", [PROMPT])
+        assert text() == after != alone(folders, "one", [PROMPT])[0]
+        (root / "one" / "adapter_config.json").write_text("{")
+        os.kill(child, signal.SIGHUP)
+        until(lambda: "adapter one stays as it was: " in out.read_text(), 30)
+        assert text() == after
+    finally:
+        os.kill(child, signal.SIGTERM)
+    assert exit_code(child) == 0 and "Traceback" not in out.read_text()
 
 
 @pytest.mark.parametrize(
@@ -170,16 +212,38 @@ def test_names_that_cannot_be(given: tuple[str, ...], sentence: str) -> None:
         ServeConfig(adapter=given)
 
 
-def test_adapters_that_do_not_go_together_are_refused(folders: Path, tmp_path: Path) -> None:
-    known = {"fingerprint": load_pretrained(folders / "base").fingerprint, "base_format": "nf4"}
-    shutil.copytree(folders / "two", tmp_path / "other")
-    (tmp_path / "other" / "base.json").write_text(json.dumps(known | {"base_format": "bf16"}))
-    settings = ServeConfig(
-        model=str(folders / "base"), adapter=(f"a={folders / 'one'}", f"b={tmp_path / 'other'}")
-    )
-    with pytest.raises(ValueError, match=r"other was trained on a base stored as bf16, not as fp32.*apart"):
-        open_with_adapters(settings)
+def test_another_format_is_measured_and_has_to_be_allowed(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The change that is told is the difference of the losses of two models that are opened plainly."""
+    monkeypatch.setattr(formats, "N_FILES", 3)
+    base, other = str(folders / "base"), tmp_path / "other"
+    known = {"fingerprint": load_pretrained(base).fingerprint, "base_format": "nf4"}
+    shutil.copytree(folders / "two", other)
+    (other / "base.json").write_text(json.dumps(known))
+    settings = ServeConfig(model=base, adapter=(f"a={folders / 'one'}", f"b={other}"), device="cpu")
+    losses = {}
+    for held in ("nf4", "fp32", "int8"):
+        found = with_adapter(open_base_of(other, base, held, "cpu"), base, str(other))
+        assert found.tokenizer is not None
+        losses[held] = token_losses(found.model.eval(), found.tokenizer).mean().item()
+    for more, held in (({}, "fp32"), ({"held": "int8"}, "int8")):
+        change = losses[held] - losses["nf4"]
+        told = f"format-differs: b was .*stored as nf4, and is served on {held}: .* is {losses['nf4']:.4f} "
+        with pytest.raises(ValueError, match=rf"{told}.*changes by {re.escape(f'{change:+.4f}')} "):
+            open_with_adapters(replace(settings, **more))
+        adapters = open_with_adapters(replace(settings, allow=("format-differs",), **more))
+        assert re.search(f"ALLOWED {told}", capsys.readouterr().err)
+        assert not adapters_of(adapters.model) and adapters.read("b").adapter == "adapter1"
+    open_with_adapters(replace(settings, adapter=settings.adapter[1:]))  # In its own.
+    (other / "base.json").write_text(json.dumps(known | {"base_format": "bf16"}))
+    with pytest.raises(ValueError, match="is now of a base stored as bf16, which the server's start did not"):
+        adapters.read("b")
+
+
+def test_what_adapters_are_not_served_on(folders: Path, tmp_path: Path) -> None:
+    settings = ServeConfig(model=str(tmp_path), adapter=(f"a={folders / 'one'}",))
     with pytest.raises(ValueError, match="is a run; --adapter is for published models"):
-        open_with_adapters(replace(settings, model=str(tmp_path)))
-    with pytest.raises(ValueError, match="leave --dtype and --held int8 out"):
-        open_with_adapters(replace(settings, dtype="bf16"))
+        open_with_adapters(settings)
+    with pytest.raises(ValueError, match="leave --dtype out"):
+        open_with_adapters(replace(settings, model=str(folders / "base"), dtype="bf16"))

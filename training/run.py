@@ -14,7 +14,7 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
@@ -26,7 +26,7 @@ from architecture import Decoder, ParallelBlock, SequentialBlock
 from config import BASE_ROW, DROPOUTS, Config, ModelConfig, TrainConfig, write_atomically
 from config.yamlfile import read_yaml
 from lora import add_adapter
-from modules.quantized_linear import hold
+from modules.quantized_linear import INTEGERS, hold
 from modules.shapes import shapes_only
 from pretrained import Family, Pretrained, load_pretrained
 from pretrained.folder import DTYPES, shown
@@ -417,28 +417,38 @@ def open_adapted(
         ValueError: One of the two cannot be opened, or the adapter was trained on another base, or on one
             that was stored in another format.
     """
-    return with_adapter(open_base_of([adapter], source, base_format, device), source, adapter)
+    trained = trained_format(adapter)
+    weight_format = (trained or "fp32") if base_format == "auto" else base_format
+    if (trained or weight_format) != weight_format:
+        raise ValueError(
+            f"{adapter} was trained on a base stored as {trained}, not as {weight_format}; on other weights "
+            "it means something else: leave --base_format out"
+        )
+    return with_adapter(open_base_of(adapter, source, weight_format, device), source, adapter)
+
+
+def trained_format(adapter: str | Path) -> str | None:
+    """Return the format of the weights that an adapter was trained on; None where its folder does not say."""
+    return _known_base(adapter).get("base_format")
 
 
 def open_base_of(
-    adapters: Sequence[str | Path], source: str, base_format: str, device: torch.device | str
+    adapter: str | Path, source: str, weight_format: str, device: torch.device | str
 ) -> Pretrained:
-    """Open the base of adapters, which all of them share, as `open_adapted` does.
+    """Open the base of an adapter, at the revision that the adapter names, stored in a format.
 
-    Raises:
-        ValueError: It cannot be opened, or one of them was trained on another format than the others.
+    Args:
+        weight_format: One of `base_stored_as`, or of INTEGERS, which are rounded from fp32 and computed in
+            bf16.
     """
-    known = [_known_base(adapter).get("base_format") for adapter in adapters]
-    weight_format = (known[0] or "fp32") if base_format == "auto" else base_format
-    for adapter, trained in zip(adapters, known, strict=True):
-        if (trained or weight_format) != weight_format:
-            own = "leave --base_format out" if base_format != "auto" else f"open it apart from {adapters[0]}"
-            raise ValueError(
-                f"{adapter} was trained on a base stored as {trained}, not as {weight_format}; on "
-                f"other weights it means something else: {own}"
-            )
-    named, revision = adapter_base(adapters[0])
-    return base_stored_as(weight_format, source, torch.float32, device, revision if named == source else None)
+    named, revision = adapter_base(adapter)
+    revision = revision if named == source else None
+    if weight_format not in INTEGERS:
+        return base_stored_as(weight_format, source, torch.float32, device, revision)
+    base = load_pretrained(source, torch.float32, device, revision, weight_format)
+    hold(base.model, weight_format)
+    base.model.to(torch.bfloat16)
+    return base
 
 
 def with_adapter(
