@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ BETWEEN = re.compile(
 WORD = re.compile(
     rf"[A-Z]{{1,{CHUNK}}}(?![a-z])|[A-Z]?[a-z]{{1,{CHUNK}}}|[0-9]{{1,{CHUNK}}}|_",
 )
+SPACED, ALONE, BETWEEN_WORDS = "spaced identifier", "identifier", "between identifiers"
 
 
 class CodeTokens:
@@ -53,7 +55,7 @@ class CodeTokens:
         self.snake = low + 6
         first = low + 7
         self.heads = {piece.lower(): first + i for i, piece in enumerate(heads)}
-        self.usual = {first + i: _case(piece) for i, piece in enumerate(heads)}
+        self.usual = {first + i: case_of(piece) for i, piece in enumerate(heads)}
         first += len(heads)
         self.tails = {piece: first + i for i, piece in enumerate(tails)}
         first += len(tails)
@@ -69,39 +71,34 @@ class CodeTokens:
         A single space between two identifiers is implied by the second, which then has one fewer unit.
         """
         ids: list[int] = []
-        parts = IDENTIFIER.split(text)  # What is between stands at even places.
-        for place, part in enumerate(parts):
-            if place % 2:
-                ids += self.identifier(part, place > 1 and parts[place - 1] == " ")
-            elif part != " " or place in (0, len(parts) - 1):
-                for unit in BETWEEN.findall(part):
-                    ids += self.between(unit)
+        for unit, place in units(text):
+            ids += self.between(unit) if place == BETWEEN_WORDS else self.identifier(unit, place == SPACED)
         return ids
 
     def _between(self, unit: str) -> list[int]:
-        chunks = [unit[i : i + CHUNK] for i in range(0, len(unit), CHUNK)]
-        return [id for chunk in chunks for id in fewest(chunk, self.plain, self.plain, 1, lambda _: 0)]
+        return [id for chunk in chunks(unit) for id in self.other(chunk)]
+
+    def other(self, chunk: str) -> list[int]:
+        """Return the ids of a text that is no identifier, of at most CHUNK characters."""
+        return fewest(chunk, self.plain, self.plain, 1, lambda _: 0)
 
     def _identifier(self, text: str, after_space: bool) -> list[int]:
         ids: list[int] = []
-        before = ""
-        for word in WORD.findall(text):
-            written = [self.snake] if word == "_" else self._word(word, before)
+        for word, joined, capitals in words(text):
+            written = [self.snake] if word == "_" else self.word(word, joined, capitals)
             if not ids and after_space and written[0] < self.markers["low"]:
                 ids.append(N_SPECIAL + ord(" "))  # Bytes imply no space.
             ids += written
-            before = before[-1:] + word
         return ids
 
-    def _word(self, word: str, before: str) -> list[int]:
+    def word(self, word: str, joined: bool, capitals: bool) -> list[int]:
         """Return the ids of a word: the marker of its case, where that is not the expected one, and pieces.
 
         Args:
-            before: What stands before it in the identifier.
+            joined: Whether a letter or digit stands before it.
+            capitals: Whether an underscore after a capital does.
         """
-        case, letters = _case(word), word.isalpha()
-        joined = before != "" and before[-1] != "_"
-        capitals = before[-1:] == "_" and before[:-1][-1:].isupper()
+        case, letters = case_of(word), word.isalpha()
         free = joined or capitals or not letters  # The head's usual case does not matter.
         first = self.tails if joined and not letters else self.heads
         ids = fewest(
@@ -115,6 +112,32 @@ class CodeTokens:
             return [self.joined[case], *ids]
         expected = "up" if capitals else self.usual[ids[0]]
         return ids if case == expected else [self.markers[case], *ids]
+
+
+def units(text: str) -> Iterator[tuple[str, str]]:
+    """Yield the identifiers of a text and the units between them, each with what it is.
+
+    An identifier is SPACED after one space that stands between it and another one, else ALONE.
+    """
+    parts = IDENTIFIER.split(text)  # What is between stands at even places.
+    for place, part in enumerate(parts):
+        if place % 2:
+            yield part, SPACED if place > 1 and parts[place - 1] == " " else ALONE
+        elif part != " " or place in (0, len(parts) - 1):
+            yield from ((unit, BETWEEN_WORDS) for unit in BETWEEN.findall(part))
+
+
+def words(identifier: str) -> Iterator[tuple[str, bool, bool]]:
+    """Yield the words of an identifier, whether each is joined to another, and whether it follows `A_`."""
+    before = ""
+    for word in WORD.findall(identifier):
+        yield word, before != "" and before[-1] != "_", before[-1:] == "_" and before[:-1][-1:].isupper()
+        before = before[-1:] + word
+
+
+def chunks(unit: str) -> list[str]:
+    """Return a unit in pieces of at most CHUNK characters."""
+    return [unit[i : i + CHUNK] for i in range(0, len(unit), CHUNK)]
 
 
 def fewest(text: str, first: dict[str, int], rest: dict[str, int], byte_cost: int, extra: Any) -> list[int]:
@@ -141,7 +164,7 @@ def fewest(text: str, first: dict[str, int], rest: dict[str, int], byte_cost: in
     return best[0][1]
 
 
-def _case(word: str) -> str:
+def case_of(word: str) -> str:
     """Return low, cap or up; a capital alone is up, and what ends in no letter is low."""
     if word.islower() or not word[-1].isalpha():
         return "low"

@@ -28,6 +28,7 @@ import tokenization.healing
 from data import corpus, packing, prepare, tokenstore
 from data import rows as data_rows
 from dataset import Batches
+from guards.reference import learning
 from guards.reference import rows as rows_guard
 from guards.reference import text as text_guard
 from guards.reference.comparison import Comparison, Differs
@@ -37,6 +38,7 @@ from reference.stored import Stored
 from reference.tokens import read_tokenizer
 from selftest.data import function, write_data
 from selftest.run import small_config
+from tokenization import code
 from tokenization.code import CodeTokenizer
 from tokenizer import BPETokenizer
 from training import begin
@@ -139,7 +141,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-BPE = {"kind": "bpe", "vocab_size": 320, "min_count": 0}
+BPE = {"kind": "bpe", "vocab_size": 320}
 MARKED = {"kind": "pretrained", "path": "markers"}
 HEALTHY: dict[str, dict[str, dict[str, Any]]] = {
     "files": {},
@@ -190,8 +192,21 @@ def small(folder: Path, change: dict[str, dict[str, Any]]) -> Any:
 def test_it_agrees_with_a_healthy_run(folder: Path, name: str) -> None:
     comparison = compared(small(folder, HEALTHY[name]))
     assert comparison.stages
-    unknown = name in ("hybrid", "examples, bpe", "alpaca")  # Merges of examples are not learned again.
-    assert bool(comparison.left_out) == unknown, comparison.left_out
+    assert bool(comparison.left_out) == (name == "hybrid"), comparison.left_out
+
+
+@pytest.mark.parametrize("kind", ["code", "bpe"])
+def test_of_long_texts_the_trainer_is_compared_on_a_sample(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    subject = subject_of(small(folder, {"tokenizer": BPE} if kind == "bpe" else {}))
+    monkeypatch.setattr(learning, "CHARACTERS", {"code": 99, "bpe": 99})
+    text_guard.compare(subject, Comparison())
+    kinds: dict[str, Any] = {"code": CodeTokenizer, "bpe": BPETokenizer}
+    original = kinds[kind].train
+    monkeypatch.setattr(kinds[kind], "train", lambda texts, *sizes: original([*texts][:-1], *sizes))
+    with pytest.raises(Differs, match=r"(merge|heads|tails|plain) .*of the tokenizer"):
+        text_guard.compare(subject, Comparison())
 
 
 @pytest.mark.parametrize("kind", ["code", "bpe"])
@@ -318,6 +333,23 @@ FAULTS: dict[str, tuple[str, Callable[[], Any], str]] = {
     "a document is lost": ("rows", changed(corpus, "_without_duplicates", one_less), "documents? .*of"),
     "a file is lost": ("files", changed(corpus, "_without_duplicates", one_less), "copy of an earlier file"),
     "a tokenizer of half the texts": ("bpe", changed(prepare, "training_texts", every_other), "merge"),
+    "pieces of half the texts": (
+        "examples",
+        changed(prepare, "training_texts", every_other),
+        "(heads|tails|plain) of the tokenizer",
+    ),
+    "rarer pieces first": (
+        "files of every kind",
+        changed(CodeTokenizer, "_of", lambda true, pieces, usual: true(pieces[::-1], usual)),
+        "(heads|tails|plain) of the tokenizer",
+    ),
+    "another usual case": (
+        "files",
+        changed(
+            CodeTokenizer, "_of", lambda true, pieces, usual: true(pieces, dict.fromkeys(usual, code.UP))
+        ),
+        "usual cases of heads",
+    ),
     "a tokenizer of another kind": (
         "files",
         changed(CodeTokenizer, "train", lambda true, texts, size, least: BPETokenizer.train(texts, size)),
