@@ -149,18 +149,24 @@ def train_and_report(groups: Groups, allow: bool) -> None:
 def train_and_continue(groups: Groups, allow: bool) -> None:
     """Train, open the best checkpoint, and continue two prompts greedily."""
     train(groups, allow)
-    complete("run", {})
+    complete("run", {}, allow)
 
 
-def complete(model: str, settings: dict[str, Any], adapter: str = "") -> None:
-    """Print the greedy or sampled completions of two prompts, with their ids and log-probabilities."""
+def complete(model: str, settings: dict[str, Any], allow: bool, adapter: str = "") -> None:
+    """Print the greedy or sampled completions of two prompts, with their ids and log-probabilities.
+
+    The reference is consulted first, as the command does.
+    """
     from generation.command import open_model
     from generation.settings import GenerationConfig, OpeningConfig
     from generation.text import generate
+    from guards.reference.opened import Opened, consult
 
     opened, tokenizer = open_model(OpeningConfig(model=model, adapter=adapter, device="cpu"))
     chosen: dict[str, Any] = {"max_new_tokens": FEW} | settings
     prompts = ["def add_fly(bag, log=3):\n    cat = ba", "    return [ow"]
+    if not allow:
+        consult(Opened(Path(model), opened, tokenizer, adapter=adapter), prompts, (), "cache")
     for completion in generate(opened, tokenizer, prompts, GenerationConfig(**chosen)):
         print(f"{completion.text!r} {completion.ids} {completion.log_prob:.6f} {completion.finish_reason}")
 
@@ -182,7 +188,7 @@ def generated(allow: bool) -> None:
         {"num_beams": 3, "length_penalty": 0.5},
         {"temperature": 1.0, "stop": ("\n", "=")},
     ):
-        complete("run", settings)
+        complete("run", settings, allow)
 
 
 def exported(allow: bool) -> None:
@@ -197,8 +203,8 @@ def exported(allow: bool) -> None:
     allowed = tuple(FAULTS) if allow else ()
     print(export(ExportConfig("adapter", "run", allow=allowed)))
     print(export(ExportConfig("merged", "run", merge=True, allow=allowed)))
-    complete(str(base), {}, "adapter")
-    complete("merged", {})
+    complete(str(base), {}, allow, "adapter")
+    complete("merged", {}, allow)
 
 
 def _base(family: str, **groups: dict[str, Any]) -> Callable[[bool], None]:

@@ -44,7 +44,7 @@ STAGES = (
     "run/checkpoints",
 )
 LEFT_OUT = re.compile(
-    r"cache/source-|leaks-|overlap-|overrides\.json|sha256\.json|eval\.html|fingerprints\.json|base\.json|outputs\.json|/tmp"
+    r"cache/source-|cache/second-opinions|leaks-|overlap-|overrides\.json|sha256\.json|eval\.html|fingerprints\.json|base\.json|outputs\.json|/tmp"
 )
 GUARDS_SAY = ("preflight, ", "ALLOWED ")
 OPINION = "a second opinion agrees"  # A line of a guard too, wherever in it this stands.
@@ -52,6 +52,8 @@ OPINION = "a second opinion agrees"  # A line of a guard too, wherever in it thi
 MADE_AGAIN = ("training a code tokenizer", "training a bpe tokenizer")
 TIMES = re.compile(r"\d[\d,.]* ?(s|ms|min|tokens/s|MB/s|GB)\b")
 DIGEST = re.compile(r"[0-9a-f]{12,}")
+# Python and libraries warn so, and show the line: that alone is no other result, and it is said.
+WARNING = re.compile(r"\S+\.py:\d+: \w*Warning: ")
 NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
 PRINTED = 1e-5  # A printed number below it, such as the gap of a merge, is itself one of rounding.
 CLOSE_NUMBER, CLOSE_TENSOR = 1e-4, 1e-3  # What other orders of sums leave after six updates in fp32.
@@ -135,8 +137,11 @@ def _tensors_compared(name: str, found: Tensor, expected: Tensor) -> Difference 
 
 
 def _spoken(printed: str) -> Iterator[str]:
-    """Yield the lines that a run printed, without those of guards and progress, times and digests."""
-    for line in printed.splitlines():
+    """Yield the lines that a run printed, without those of guards, warnings, progress, times and digests."""
+    lines = printed.splitlines()
+    for line, before in zip(lines, ["", *lines], strict=False):
+        if WARNING.match(line) or (WARNING.match(before) and line.startswith("  ")):
+            continue
         if not line.startswith(GUARDS_SAY + MADE_AGAIN) and OPINION not in line:
             yield DIGEST.sub("#", TIMES.sub("TIME", line))
 

@@ -17,6 +17,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from reference.scores import best_of
+
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
     """Return every tensor of a safetensors file by its name."""
@@ -49,6 +51,18 @@ def _nested(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 def manifest_of(folder: Path) -> dict[str, Any]:
     """Return what manifest.json says of a checkpoint."""
     return json.loads((folder / "manifest.json").read_text("utf-8"))
+
+
+def kept(there: Mapping[int, dict[str, Any]], keep: int) -> set[int]:
+    """Return the steps that stay of those that are there: the last, the best, and those to be kept.
+
+    Args:
+        there: The manifest of each step.
+        keep: How many of those to be kept stay, the newest ones; 0 keeps all.
+    """
+    marked = sorted(step for step, manifest in there.items() if manifest["keep"])
+    best = best_of((step, manifest["loss"]) for step, manifest in there.items())
+    return {max(there), *marked[-keep:], *([] if best is None else [best])}
 
 
 def folder_of(checkpoints: Path, step: int) -> Path | None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+FORMAT = 2  # of a store as it is read here
+
 
 class Stored:
     """The documents of a split: one stream of ids in shards, and tables with an entry for each document.
@@ -21,12 +23,13 @@ class Stored:
         pad: The id of padding.
         gap_lead: How many tokens stand before the first marker of a gap.
         suffix_first: Whether the suffix of a gap stands before its prefix.
+        index: What index.json says.
         counted: The `tokens`, `documents` and `bytes` that the index says.
     """
 
     def __init__(self, folder: Path, split: str):
         index = json.loads((folder / "index.json").read_text("utf-8"))
-        self.folder, self.split = folder, split
+        self.folder, self.split, self.index = folder, split, index
         files = {file["name"]: file["size"] for file in index["splits"][split]["files"]}
         self.dtype = np.dtype(index["dtype"])
         self.shards = {

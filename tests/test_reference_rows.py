@@ -25,7 +25,7 @@ from pretrained_folders import tokenizer_with_gaps
 
 import dataset
 import tokenization.healing
-from data import corpus, packing, prepare, tokenstore
+from data import comments, corpus, packing, prepare, tokenstore
 from data import rows as data_rows
 from dataset import Batches
 from guards.reference import learning
@@ -342,6 +342,16 @@ FAULTS: dict[str, tuple[str, Callable[[], Any], str]] = {
         "files of every kind",
         changed(CodeTokenizer, "_of", lambda true, pieces, usual: true(pieces[::-1], usual)),
         "(heads|tails|plain) of the tokenizer",
+    ),
+    "a line end is lost with comments": (
+        "comments",
+        changed(comments, "_between", lambda true, *places: true(*places)[:-1]),
+        "the program without comments",
+    ),
+    "an index of other ids": (
+        "files",
+        changed(tokenstore, "dtype_of", lambda true, size: np.dtype("<u4")),
+        "of the token store",
     ),
     "another usual case": (
         "files",

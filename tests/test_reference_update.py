@@ -247,6 +247,16 @@ FAULTS: dict[str, tuple[Settings, Callable[[pytest.MonkeyPatch], None], str]] = 
         mutated(loss, "_grad_logits", lambda right: lambda *a: right(*a[:3], a[3]._replace(smoothing=0.0))),
         "gradient of head: .*label smoothing left out|gradient-not-the-mean",
     ),
+    "smoothing in bf16": (
+        SMOOTHED | {"train": {"precision": "bf16"}},
+        mutated(loss, "_grad_logits", lambda right: lambda *a: right(*a[:3], a[3]._replace(smoothing=0.0))),
+        "in fp32, gradient of head: .*label smoothing left out|gradient-not-the-mean",
+    ),
+    "scaling of what needs none": (
+        {},
+        mutated(loop.torch.amp, "GradScaler", lambda right: lambda *a, enabled: right("cpu")),
+        "scaling of gradients",
+    ),
     "momentum": (
         {},
         mutated(optim.Muon.__init__, "__defaults__", lambda right: (0.9, 0.0)),
@@ -281,6 +291,14 @@ def saved_as(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[An
 
 def without_moments(state: dict[str, Any]) -> dict[str, Any]:
     return state | {"optimizers": [own | {"state": {}} for own in state["optimizers"]]}
+
+
+def without_draws(state: dict[str, Any]) -> dict[str, Any]:
+    return state | {"random": state["random"] | {"torch": torch.zeros_like(state["random"]["torch"])}}
+
+
+def without_counts(state: dict[str, Any]) -> dict[str, Any]:
+    return state | {"run": state["run"] | {"validations_without_better": 7}}
 
 
 def with_twice_the_targets(right: Any) -> Any:
@@ -347,6 +365,19 @@ LIVE: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
         "targets among the 1 largest",
     ),
     "moments not saved": (mutated(loop, "save_checkpoint", saved_as(without_moments)), "as stored in step-"),
+    "a generator that is not saved": (
+        mutated(loop, "save_checkpoint", saved_as(without_draws)),
+        "random state of torch as stored in step-",
+    ),
+    "counters": (mutated(loop, "save_checkpoint", saved_as(without_counts)), "counters as stored in step-"),
+    "superseded ones stay": (
+        mutated(loop, "remove_superseded", lambda right: lambda *a: None),
+        "steps of checkpoints",
+    ),
+    "kept ones go": (
+        mutated(loop, "save_checkpoint", lambda right: lambda *a: right(*a[:5], True)),
+        "whether step 2 is to be kept",
+    ),
     "patience": (
         lambda monkeypatch: monkeypatch.setattr(loop, "min", max, raising=False),
         "best loss, and the validations",

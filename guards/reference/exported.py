@@ -32,12 +32,16 @@ from guards.reference.weights import SAMPLED, STEP32, as_stored, compare_setting
 from guards.subject import LARGE
 from modules.quantized_linear import Linear4bit, StoredLinear, n_weights
 from reference.forward import Rows, logits_of
+from reference.library import ByteLevelTokens
 from reference.peft import PeftAdapter, shortest
 from reference.published import PUBLISHED, PublishedWeights, family_of, published_name
 from reference.published_settings import settings_of
+from reference.tokens import CodeTokens, read_tokenizer
 from training.run import TrainedRun
 
 TOKENS = 24  # Of the row whose logits are compared.
+GENERATION = "generation_config.json"
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # of the tokenizers that Plumb trains
 REMEDY = "look at what the export writes of it"
 
 
@@ -65,6 +69,8 @@ def refuse_other_model(folder: Path, model: Decoder, allowed: Collection[str]) -
         opened = OpenedModel(folder, list(weights), settings.tie_embeddings)
         compare_weights(comparison, weights, opened)
         compare_logits(comparison, model, settings, opened)
+        comparison.begin("settings")
+        compare_special(comparison, folder)
 
     return judged("exported model", compare, allowed)
 
@@ -280,6 +286,15 @@ def compare_logits(
             comparison.leave_out("a row of logits", "rounding alone may change them")
             return
     comparison.close("logits of a row", found, expected, tolerance, REMEDY)
+
+
+def compare_special(comparison: Comparison, folder: Path) -> None:
+    """Compare the ids of start, end and padding that both files say, and those of Plumb's own tokenizers."""
+    files = (json.loads((folder / name).read_text("utf-8")) for name in ("config.json", GENERATION))
+    expected, found = ({key: values.get(key) for key in SPECIAL} for values in files)
+    comparison.exact(GENERATION, found, expected, REMEDY)
+    if isinstance(read_tokenizer(folder), CodeTokens | ByteLevelTokens):
+        comparison.exact("config.json, special ids", expected, SPECIAL, REMEDY)
 
 
 def compare_adapter_settings(comparison: Comparison, opened: OpenedAdapter, lora: LoraConfig) -> None:

@@ -17,6 +17,7 @@ from guards.reference.rounding import MORE_THAN_SAMPLED, MOST_ROUNDING, SAMPLES_
 from guards.subject import GuardSubject
 from reference import update
 from reference.forward import Rows, logits_of, nll_of, objective_of
+from training.loss import token_loss
 
 RARE = 64  # Of a rounding that is little: where terms cancel, a few tokens make all of the error.
 FP32 = 2.0**-24  # The largest relative error of one rounding.
@@ -104,17 +105,37 @@ def weighted(parts: list[dict[str, Tensor]], factors: list[float]) -> dict[str, 
     }
 
 
-def gradient_tolerance(subject: GuardSubject) -> float:
+def gradient_tolerance(subject: GuardSubject, dtype: torch.dtype) -> float:
     """Return by how much rounding may change a gradient, relative to the largest of its module.
 
     A number passes about 12 products of a block forward and 24 backward, each of which rounds its factors to
     the format of the products and adds up to n_inner terms in fp32. Errors of one sign in a row add up as a
     random walk does; a network multiplies them by some small number, for which 8 stands.
     """
-    dtype, model = subject.precision.dtype, subject.config.model
+    model = subject.config.model
     rounding = torch.finfo(dtype).eps / 2
     sums = FP32 * math.sqrt(max(model.n_inner, model.n_embd, 1))
     return 8 * math.sqrt(36 * len(subject.model.blocks) + 36) * (rounding + sums)
+
+
+def compare_unrounded(subject: GuardSubject, comparison: Comparison, expected: Derived) -> None:
+    """Compare the gradients of training's loss in fp32 too, where it rounds its products to less.
+
+    What is little, such as the share of label smoothing, is lost in the rounding of bf16. Only of models
+    whose weights are all in fp32.
+    """
+    model, settings, batches = subject.model, subject.config.optimizer, expected.batches
+    if subject.precision.dtype == torch.float32 or any(p.dtype != torch.float32 for p in model.parameters()):
+        return
+    model.train()
+    parameters, losses = trainable(model), list[Tensor]()
+    for batch in batches:
+        own = Batch(*(t.to(subject.precision.device) for t in batch))
+        losses.append(token_loss(model, own, settings.label_smoothing, settings.z_loss).objective)
+    mean = torch.stack(losses).sum() / sum(expected.targets)
+    found = torch.autograd.grad(mean, [*parameters.values()], allow_unused=True)
+    own = {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
+    compare_modules(comparison, "in fp32", own, expected, torch.float32)
 
 
 def compare_gradients(
@@ -124,24 +145,32 @@ def compare_gradients(
 
     A bias before a softmax has a gradient of zero but for rounding, whose size is that of its weight's.
     """
-    tolerance = gradient_tolerance(subject)
+    tolerance = gradient_tolerance(subject, subject.precision.dtype)
     loss, right = torch.tensor(found.logged["train/loss"]), torch.tensor(expected.loss)
     remedy = "training's loss: its targets, or what it is divided by"
     comparison.close(f"{where}, loss", loss, right, tolerance, remedy)
+    compare_modules(comparison, where, found.gradients, expected, subject.precision.dtype)
+
+
+def compare_modules(
+    comparison: Comparison, where: str, found: Mapping[str, Tensor], expected: Derived, dtype: torch.dtype
+) -> None:
+    """Compare the gradient of every module, as far as rounding to the format of the products lets."""
+    tolerance = gradient_tolerance(expected.subject, dtype)
     gradients, mistakes = expected.gradients(), expected.mistakes()
     modules: dict[str, list[str]] = {}
     for name in reversed(gradients):
         modules.setdefault(name.rpartition(".")[0], []).append(name)
     samples: list[dict[str, Tensor]] = []
     for module, names in modules.items():
-        own, right = flat(found.gradients, names, gradients), flat(gradients, names, gradients)
+        own, right = flat(found, names, gradients), flat(gradients, names, gradients)
         allowed = tolerance
         if not relative_difference(own, right) <= tolerance:  # Where terms cancel, rounding weighs more.
-            samples = samples or expected.rounded(torch.finfo(subject.precision.dtype).eps / 2)
+            samples = samples or expected.rounded(torch.finfo(dtype).eps / 2)
             noise = max(relative_difference(flat(sample, names, gradients), right) for sample in samples)
             allowed = max(tolerance, MORE_THAN_SAMPLED * noise, min(RARE * noise, 1e-3))
             if not allowed <= MOST_ROUNDING:
-                reason = f"rounding to {subject.precision.dtype} alone may change it by {noise:.0%}"
+                reason = f"rounding to {dtype} alone may change it by {noise:.0%}"
                 comparison.leave_out(f"{where}, gradient of {module}", reason)
                 continue
         comparison.close(

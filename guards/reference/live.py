@@ -161,6 +161,7 @@ class DerivedSteps(FirstSteps):
         whole = self.saves == 1 or is_last
         if whole or sum(p.numel() for p in trainable(self.subject.model).values()) <= SMALL:
             self._judge(saved.faults(self.subject, values, self.begun, whole))
+        self.begun.manifests, self.begun.saves = saved.by_step(self.subject), self.saves
         return len(self.passed) > known
 
 

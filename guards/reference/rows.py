@@ -14,7 +14,7 @@ from guards.subject import GuardSubject
 from reference import rows
 from reference.checkpoints import order_version_of
 from reference.rows import ExampleRows, PlainRows, Row
-from reference.stored import Stored
+from reference.stored import FORMAT, Stored
 
 VERSION = 2  # Of the order of rows, in a run that begins.
 MOST_ORDERED = 10**7  # Documents and rows whose order is derived.
@@ -26,6 +26,7 @@ MOST_BATCHES = 8  # Micro-batches of the first two updates.
 WHOLE = 50_000  # Tokens of a validation split whose whole pass is compared.
 MOST_GRADED = 10**6  # Tokens whose difficulty is measured again.
 
+INDEX = "look at what is written into index.json"
 REMEDIES = {
     "tokens": "look at the order of documents, and at what cuts them into rows",
     "labels": "a target is the next token of the same document, and none of its prompt",
@@ -37,6 +38,7 @@ REMEDIES = {
 def compare(subject: GuardSubject, comparison: Comparison) -> None:
     """Compare the rows of the first updates, their order in an epoch, and those of validation."""
     stores = stored_splits(subject)
+    _same_index(subject, stores["train"], comparison)
     draw = np.random.Generator(np.random.PCG64())  # Seeded by the system, anew at each start.
     for store in dict.fromkeys((subject.train, subject.validation, subject.test)):
         _same_tables(store, stores[store.split], comparison)
@@ -48,6 +50,15 @@ def compare(subject: GuardSubject, comparison: Comparison) -> None:
     _new_tokens(subject, stores["train"], comparison)
     _training(subject, stores["train"], comparison, draw)
     _validation(subject, validation, comparison, draw)
+
+
+def _same_index(subject: GuardSubject, stored: Stored, comparison: Comparison) -> None:
+    """Compare what the index says of the ids with the tokenizer."""
+    comparison.exact(f"format of the token store {stored.folder.name}", stored.index["format"], FORMAT, INDEX)
+    keys = ("vocab_size", "pad_id", "dtype", "tokenizer")
+    size, pad = subject.tokenizer.vocab_size, subject.tokenizer.pad_id
+    right = size, pad, "<u2" if size <= 2**16 else "<u4", subject.tokenizer.fingerprint
+    comparison.exact(f"{keys} of the token store", tuple(stored.index[key] for key in keys), right, INDEX)
 
 
 def _same_tables(store: object, stored: Stored, comparison: Comparison) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import random
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from guards.faults import Fault
 from guards.reference import said
 from guards.reference.comparison import Comparison, Differs
 from guards.reference.effective import config_of, weights_of
-from guards.reference.stored import compare_stored
+from guards.reference.stored import compare_stored, exact
 from guards.subject import GuardSubject
 from modules.quantized_linear import n_weights
 from reference import checkpoints, scores
@@ -24,6 +25,7 @@ from training.log import say
 
 PRODUCTS = 1.5e9  # Weights x tokens of the rows that are scored again, in fp64: 0.3 s on two cores.
 TARGETS = 10**6  # Of a validation with more, the targets are not counted again.
+SURE = 3  # Validations after which no checkpoint may be missing.
 DOCUMENTS = 16  # Whose bytes are counted again.
 
 
@@ -33,13 +35,16 @@ class Begun:
     Attributes:
         step: The step of the checkpoint that it goes on from; 0 for a new run.
         there: The steps of the checkpoints that are there.
+        manifests: By step what checkpoints say that were there after the last validation.
+        saves: How many there were in this part.
     """
 
     def __init__(self, subject: GuardSubject):
         state = subject.state
         self.step, self.best_loss = state.step, state.best_loss
         self.without_better = state.validations_without_better
-        self.there = {manifest["step"] for manifest in _manifests(subject)}
+        self.manifests = by_step(subject)
+        self.there, self.saves = {*self.manifests}, 0
 
 
 def _manifests(subject: GuardSubject) -> Iterator[dict[str, Any]]:
@@ -47,6 +52,11 @@ def _manifests(subject: GuardSubject) -> Iterator[dict[str, Any]]:
     for folder in (subject.folder / "checkpoints").glob("step-*"):
         with contextlib.suppress(OSError, ValueError):
             yield checkpoints.manifest_of(folder)
+
+
+def by_step(subject: GuardSubject) -> dict[int, dict[str, Any]]:
+    """Return by step what the checkpoints say that are there."""
+    return {manifest["step"]: manifest for manifest in _manifests(subject)}
 
 
 def faults(
@@ -66,6 +76,7 @@ def faults(
         said.compare_log(subject, comparison, values, begun.step)
         compare_checkpoint(subject, comparison, values)
         compare_best(subject, comparison, begun)
+        compare_kept(subject, comparison, begun)
     except Differs as difference:
         yield Fault("differs-from-reference", comparison.evidence(difference), difference.remedy)
     for sentence in comparison.left_out:
@@ -165,7 +176,12 @@ def compare_checkpoint(subject: GuardSubject, comparison: Comparison, values: Ma
     expected = {"step": subject.state.step, "loss": values["eval/loss"]}
     found = {key: manifest[key] for key in expected}
     comparison.exact(f"manifest of {newest.name}", found, expected, "what is written of a validation")
-    compare_stored(subject, comparison, newest)
+    state = compare_stored(subject, comparison, newest)
+    # Guards draw nothing from the run's own generators.
+    own = {"torch": torch.get_rng_state(), "python": torch.tensor(random.getstate()[1])}
+    saved = {"torch": state["random"]["torch"], "python": state["random"]["python"][1]}
+    for name, value in own.items():
+        exact(comparison, f"random state of {name} as stored in {newest.name}", value, saved[name])
 
 
 def compare_best(subject: GuardSubject, comparison: Comparison, begun: Begun) -> None:
@@ -185,3 +201,16 @@ def compare_best(subject: GuardSubject, comparison: Comparison, begun: Begun) ->
         scores.without_better(since, begun.best_loss, begun.without_better),
         "how a validation is compared with the best",
     )
+
+
+def compare_kept(subject: GuardSubject, comparison: Comparison, begun: Begun) -> None:
+    """Compare which checkpoints are there with those that stay of the ones before and the new one.
+
+    Later on files may be missing, that somebody has removed.
+    """
+    train, there, step = subject.config.train, by_step(subject), subject.state.step
+    marked = bool(train.save_every) and step % train.save_every == 0
+    comparison.exact(f"whether step {step} is to be kept", there[step]["keep"], marked, "train.save_every")
+    stays = checkpoints.kept(begun.manifests | {step: there[step]}, train.keep)
+    found = {*there} if begun.saves < SURE else {*there} | stays
+    comparison.exact("steps of checkpoints", sorted(found), sorted(stays), "which checkpoints are removed")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +17,8 @@ from reference import checkpoints
 REMEDY = "what saving and loading do with a checkpoint"
 
 
-def compare_stored(subject: GuardSubject, comparison: Comparison, folder: Path) -> None:
-    """Compare weights, moments and counters with the files of a checkpoint, bit for bit.
+def compare_stored(subject: GuardSubject, comparison: Comparison, folder: Path) -> Any:
+    """Compare weights, moments and counters with the files of a checkpoint, bit for bit; return its state.
 
     The state of an optimizer is stored by the place of each parameter in its groups, one after another.
     """
@@ -32,9 +34,10 @@ def compare_stored(subject: GuardSubject, comparison: Comparison, folder: Path) 
             for key in sorted({*kept, *known}):
                 stage = f"{key} of {names[id(p)]} as stored in {folder.name}"
                 exact(comparison, stage, known.get(key), kept.get(key))
-    counters = {"step": subject.state.step, "tokens": subject.state.tokens}
-    expected = {key: state["run"][key] for key in counters}
-    comparison.exact(f"counters as stored in {folder.name}", counters, expected, REMEDY)
+    expected = state["run"] | {"best_loss": float(state["run"]["best_loss"])}
+    stage = f"counters as stored in {folder.name}"
+    comparison.exact(stage, dataclasses.asdict(subject.state), expected, REMEDY)
+    return state
 
 
 def exact(comparison: Comparison, stage: str, found: Tensor | None, expected: Tensor | None) -> None:

@@ -16,7 +16,7 @@ from dataset import IGNORE_INDEX, Batch
 from guards.faults import Fault
 from guards.first_steps import WATCHED, FirstSteps
 from guards.reference.comparison import Comparison, Differs
-from guards.reference.gradients import Derived, compare_gradients
+from guards.reference.gradients import Derived, compare_gradients, compare_unrounded
 from guards.reference.rehearsal import observed, put_back, trainable, with_exercised_weights
 from guards.reference.steps import Steps
 from guards.reference.stored import compare_stored
@@ -33,6 +33,7 @@ def compare(subject: GuardSubject, comparison: Comparison) -> None:
     try:
         if subject.checkpoint is not None:
             compare_stored(subject, comparison, subject.checkpoint)
+        compare_scaler(subject, comparison)
         compare_rules(subject, comparison)
         compare_schedule(subject, comparison)
         if sum(p.numel() for p in trainable(subject.model).values()) > REHEARSED:
@@ -64,6 +65,12 @@ def named_fault(subject: GuardSubject) -> Fault | None:
 
 
 # --- settings ---------------------------------------------------------------------------------------
+
+
+def compare_scaler(subject: GuardSubject, comparison: Comparison) -> None:
+    """See that gradients are scaled in fp16, which has no small numbers, and in no other format."""
+    needed = subject.precision.dtype == torch.float16
+    comparison.exact("scaling of gradients", subject.scaler.is_enabled(), needed, "it is for fp16 alone")
 
 
 def compare_rules(subject: GuardSubject, comparison: Comparison) -> None:
@@ -138,6 +145,8 @@ def rehearse(subject: GuardSubject, comparison: Comparison) -> None:
             batches = [random_batch(subject, draw, short) for short in (False, True)]
             progress = float(draw.uniform(0.1, 0.9))
             expected = Derived(subject, batches)
+            if number == 1:
+                compare_unrounded(subject, comparison, expected)
             factor = update.rate_factor(subject.config.optimizer, subject.state.step, progress)
             found = observed(subject, batches, progress)
             if not found.used and not all(bool(g.isfinite().all()) for g in found.gradients.values()):
