@@ -59,7 +59,8 @@ class EngineLoop:
         self.engine_for = lambda words: Engine(model, words, limits, PROPOSERS[speculate])
         self.places = {"": Place(partial(self.engine_for, vocab_size))}
         self.leaving: list[Place] = []  # of adapters that were read again since
-        self.active, self.work = "", deque[Callable[[], object]]()
+        self.work = deque[Callable[[], object]]()
+        self.active: str | None = ""  # The adapter that is on; None where work may have changed it.
         self.lock = threading.Lock()
         self.watched: list[tuple[list[Handle], Over]] = []
         self.wake, self.ending = threading.Event(), False
@@ -150,6 +151,7 @@ class EngineLoop:
         """Do what waits for the thread, and step each engine that has something to do."""
         while self.work:
             self.work.popleft()()
+            self.active = None
         goes_on = False
         for place in self._all:
             if not (place.engine.under_way or place.engine.queue.waiting):

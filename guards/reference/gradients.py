@@ -105,17 +105,23 @@ def weighted(parts: list[dict[str, Tensor]], factors: list[float]) -> dict[str, 
     }
 
 
+def error_of_product(subject: GuardSubject, dtype: torch.dtype) -> float:
+    """Return the relative error of one product: rounding to `dtype`, and of a sum in fp32, a random walk.
+
+    The longest sum is that of a hidden state's gradient over the vocabulary.
+    """
+    model = subject.config.model
+    sums = FP32 * math.sqrt(max(model.n_inner, model.n_embd, subject.model.config.vocab_size))
+    return torch.finfo(dtype).eps / 2 + sums
+
+
 def gradient_tolerance(subject: GuardSubject, dtype: torch.dtype) -> float:
     """Return by how much rounding may change a gradient, relative to the largest of its module.
 
-    A number passes about 12 products of a block forward and 24 backward, each of which rounds its factors to
-    the format of the products and adds up to n_inner terms in fp32. Errors of one sign in a row add up as a
-    random walk does; a network multiplies them by some small number, for which 8 stands.
+    A number passes about 12 products of a block forward and 24 backward. Errors of one sign in a row add up
+    as a random walk does; a network multiplies them by some small number, for which 8 stands.
     """
-    model = subject.config.model
-    rounding = torch.finfo(dtype).eps / 2
-    sums = FP32 * math.sqrt(max(model.n_inner, model.n_embd, 1))
-    return 8 * math.sqrt(36 * len(subject.model.blocks) + 36) * (rounding + sums)
+    return 8 * math.sqrt(36 * len(subject.model.blocks) + 36) * error_of_product(subject, dtype)
 
 
 def compare_unrounded(subject: GuardSubject, comparison: Comparison, expected: Derived) -> None:
@@ -166,7 +172,7 @@ def compare_modules(
         own, right = flat(found, names, gradients), flat(gradients, names, gradients)
         allowed = tolerance
         if not relative_difference(own, right) <= tolerance:  # Where terms cancel, rounding weighs more.
-            samples = samples or expected.rounded(torch.finfo(dtype).eps / 2)
+            samples = samples or expected.rounded(error_of_product(expected.subject, dtype))
             noise = max(relative_difference(flat(sample, names, gradients), right) for sample in samples)
             allowed = max(tolerance, MORE_THAN_SAMPLED * noise, min(RARE * noise, 1e-3))
             if not allowed <= MOST_ROUNDING:
