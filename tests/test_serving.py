@@ -292,7 +292,7 @@ def test_prompt_and_text_fit_the_positions(model: Decoder, suffix: str | None) -
         (b'{"prompt": "\xff"}', 400, "the body is not UTF-8: byte 12"),
         (b"[1]", 400, "no object"),
         (b'{"a":' * 4000 + b"1" + b"}" * 4000, 413, "larger than 20,000 bytes"),
-        (b"[" * 19_000, 400, "a number or its nesting"),
+        (b"[" * 19_000, 400, "a number or its nesting|Expecting value"),  # The latter from Python 3.14 on
         (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", 400, "not read"),
         (b'{"prompt": "a", "temperature": NaN}', 400, "not read"),
         ({}, 400, "prompt must be a text"),

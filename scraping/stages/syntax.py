@@ -5,6 +5,7 @@ The child process that runs the parsers bounds their recursion and memory.
 
 from __future__ import annotations
 
+import ast
 import functools
 import re
 import resource
@@ -21,7 +22,7 @@ PYTHON = frozenset({"py", "pyi", "pyw"})
 # Messages of Python 3.11 to 3.14 for statements of Python 2, and such statements in the line that they name.
 SAYS_2 = re.compile(
     r"Missing parentheses in call to '(?:print|exec)'|multiple exception types must be parenthesized"
-    r"|leading zeros in decimal integer literals"
+    r"|except expressions without parentheses|leading zeros in decimal integer literals"
 )
 LINE_2 = re.compile(
     r"""^\s*(?:print\s+[\w"'%(\[{`]|print\s*>>|exec\s+[\w"']|except\s+[\w.()\s,]+,\s*\w+\s*:|raise\s+[\w.]+\s*,)"""
@@ -32,6 +33,9 @@ FILE_2 = re.compile(
     r"""^\s*(?:print\s+["'%\w]|print\s*>>|except\s+[\w.]+\s*,\s*\w+\s*:|raise\s+[\w.]+\s*,\s*["'])|\.has_key\(""",
     re.MULTILINE,
 )
+# From Python 3.14 on `except OSError, e:` names two types (PEP 758). A type begins with a capital letter, the name
+# that Python 2 gives a caught exception does not.
+CAUGHT_2 = re.compile(r"^\s*except\s+[\w.]+\s*,\s*[a-z_]\w*\s*:", re.MULTILINE)
 
 
 def build(max_errors: float) -> Stage:
@@ -59,6 +63,8 @@ def problem(text: str) -> Drop | None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's strings
             symtable.symtable(text, "<file>", "exec")  # it parses, twice as fast as ast.parse
+            if CAUGHT_2.search(text):  # It may stand in a string.
+                ast.parse(text, feature_version=(3, 13))
     except RecursionError:
         return Drop("nested too deeply", "RecursionError")
     except MemoryError:
