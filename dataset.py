@@ -36,7 +36,7 @@ from data.packing import (
     refuse_long_answers,
     shown,
 )
-from data.prepare import PreparedData, prepare_data, prepare_tokenizer, stored_data
+from data.prepare import PreparedData, opened_data, prepare_data, prepare_tokenizer, stored_data
 from data.tokenstore import TokenStore
 
 __all__ = [
@@ -55,6 +55,7 @@ __all__ = [
     "micro_batches_of",
     "next_token_labels",
     "numbered_batches",
+    "opened_data",
     "prepare_data",
     "prepare_tokenizer",
     "refuse_long_answers",
@@ -401,6 +402,13 @@ class Batches:
             size = self.rows_per_update // self.world_size // self.per_update
         return self._dealt(epoch, first + np.arange(size))
 
+    def whole(self, update: int) -> Batch:
+        """Return the rows of an update that all ranks read together."""
+        epoch, step = divmod(update, self.steps_per_epoch // self.per_update)
+        first = step * self.rows_per_update
+        numbers = self._dealt(epoch, first + np.arange(self.rows_per_update))
+        return self._rows.batch(numbers)
+
     def _dealt(self, epoch: int, places: np.ndarray) -> np.ndarray:
         """Return the numbers of the rows at places of an epoch's order, whose rows are made."""
         if epoch != self._epoch:
@@ -410,11 +418,17 @@ class Batches:
 
 
 def validation_batches(
-    store: TokenStore, batch_size: int, block_size: int, limit: int = 0
+    store: TokenStore,
+    batch_size: int,
+    block_size: int,
+    limit: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[Batch]:
     """Return the batches of one pass in order, or of `limit` of its rows, spread evenly; no others are made.
 
-    Of n rows, row number floor(i * n / limit) is the i-th that is shown.
+    Of n rows, row number floor(i * n / limit) is the i-th that is shown. Of several processes each gets every
+    `world_size`-th batch, from that of its rank on.
     In a whole pass each token is a target exactly once, but for the first of its document and prompts. The
     end of a row and the missing rows of the last batch are padding with `IGNORE_INDEX` labels, so all batches
     have one shape. Which rows are shown does not depend on how many share a batch.
@@ -428,11 +442,16 @@ def validation_batches(
             f"a validation of {limit} rows in batches of {batch_size}: a batch needs at least 1 row, and 0 "
             "rows means all"
         )
-    return (batch for batch, _ in numbered_batches(store, batch_size, block_size, limit))
+    return (batch for batch, _ in numbered_batches(store, batch_size, block_size, limit, rank, world_size))
 
 
 def numbered_batches(
-    store: TokenStore, batch_size: int, block_size: int, limit: int = 0
+    store: TokenStore,
+    batch_size: int,
+    block_size: int,
+    limit: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """Yield `validation_batches`, each with the number (B, T) of each token's document in the store.
 
@@ -443,7 +462,7 @@ def numbered_batches(
     n_shown = min(limit, rows.n_rows) or rows.n_rows
     numbers = np.arange(n_shown) * rows.n_rows // n_shown
     missing = np.full(-n_shown % batch_size, rows.n_rows)
-    for chosen in np.concatenate((numbers, missing)).reshape(-1, batch_size):
+    for chosen in np.concatenate((numbers, missing)).reshape(-1, batch_size)[rank::world_size]:
         batch = rows.batch(chosen)
         place = rows.first_documents(chosen)[:, None] + batch.document_ids.numpy()
         yield batch, order[np.clip(place, 0, len(order) - 1)]

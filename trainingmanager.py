@@ -8,21 +8,31 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from config import CONFIG_GROUPS, Config, one_sentence, parse_config
 from config.console import refuse
 from config.flags import asks_for_help, flags_of, read_words
-from training.runfolder import words_of_run
+from training.runfolder import has_checkpoint, words_of_run
 
 HOMES = {"TrainingManager": "training.loop", "train": "training.begin"}
 
 
 def command_line(words: list[str]) -> list[str]:
-    """Return the words of a command, after those of the run's own settings where it is resumed."""
+    """Return the words of a command, after those of the run's own settings where it is resumed.
+
+    `--resume auto` becomes true or false by whether the run has a checkpoint.
+    """
     flags = flags_of(CONFIG_GROUPS)
     if asks_for_help(words, flags):
         return words
+    words, is_auto = without_auto(words)
+    if is_auto:
+        run = dict(read_words(words, flags)).get("--run", "")
+        if not run:
+            refuse("--resume auto needs the folder of the run to go on with or to begin: --run runs/NAME")
+        words = [*words, f"--resume={str(has_checkpoint(Path(run))).lower()}"]
     given = read_words(words, flags)
     values = dict(given)
     try:
@@ -32,6 +42,16 @@ def command_line(words: list[str]) -> list[str]:
     if own:
         return [*own, *map(str, given)]
     return words
+
+
+def without_auto(words: list[str]) -> tuple[list[str], bool]:
+    """Return the words without `--resume auto`, and whether it was among them."""
+    for place, word in enumerate(words):
+        if word == "--resume=auto":
+            return words[:place] + words[place + 1 :], True
+        if word == "--resume" and words[place + 1 : place + 2] == ["auto"]:
+            return words[:place] + words[place + 2 :], True
+    return words, False
 
 
 def __getattr__(name: str) -> Any:
@@ -46,7 +66,7 @@ def main(config: Config) -> None:
     instead = [name for name in ("plan", "prepare", "prove_resume") if getattr(config.train, name)]
     if len(instead) > 1:
         refuse(f"--{' and --'.join(instead)} are given, and each is done instead of a run; give one of them")
-    with one_sentence():
+    with one_sentence(shares=not instead):
         # What imports torch is imported after the command line was understood.
         if config.train.plan:
             from training.plan import plan

@@ -125,14 +125,42 @@ def memory_is_full(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _MEMORY_IS_FULL)
 
 
+def under_torchrun() -> bool:
+    """Return whether torchrun started this process, be it the only one."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def refuse_ranks() -> None:
+    """End a command of one process that torchrun started several times; the first one says so.
+
+    Raises:
+        ValueError: There are several processes, and this is the first.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not under_torchrun() or size == "1":
+        return
+    if os.environ.get("RANK") != "0":
+        sys.exit(2)
+    raise ValueError(
+        f"torchrun started {size} processes, and this is a command of one; call it without torchrun. What "
+        "several processes share is the training of trainingmanager.py, without --plan, --prepare and "
+        "--prove_resume"
+    )
+
+
 @contextlib.contextmanager
-def one_sentence() -> Iterator[None]:
+def one_sentence(shares: bool = False) -> Iterator[None]:
     """End the command with one sentence and exit code 2 for a user's mistake, a full disk or full memory.
 
     An interrupt exits with 130. PLUMB_TRACEBACK=1 shows the traceback instead.
+
+    Args:
+        shares: Whether several processes may share what the command does.
     """
     with shown_safely():
         try:
+            if not shares:
+                refuse_ranks()
             yield
         except (ValueError, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
             full = memory_is_full(error)

@@ -267,7 +267,7 @@ class TrainConfig:
     Args:
         run: Folder of the run; it must be new or empty unless `resume` is set. By default it is a new one
             under `runs`, named after the time.
-        resume: Go on from the newest checkpoint in `run`.
+        resume: Go on from the newest checkpoint in `run`; `--resume auto` begins the run where there is none.
         prove_resume: Instead of a run, prove that one that is killed and resumed ends as one that is not.
         plan: Instead of a run, say what memory and time it would take, by a short measurement.
         prepare: Instead of a run, make its tokenizer and its token store.

@@ -90,6 +90,13 @@ class FirstSteps:
         """Return the batch of a pass of the update that is under way."""
         return self.subject.batches.batch(self.step * self.subject.passes + number)
 
+    def _labels(self) -> list[Tensor]:
+        """Return the labels of every pass of the update that is under way, those of other processes too."""
+        batches = self.subject.batches
+        if batches.world_size > 1:
+            return [batches.whole(self.step).labels]
+        return [self._batch(number).labels for number in range(self.subject.passes)]
+
     def _keep_targets(self, module: torch.nn.Module, args: Any, output: Tensor) -> None:
         """Keep some hidden states of one update that are to predict a token, and their gradients."""
         number = self.forwards - 1
@@ -116,8 +123,7 @@ class FirstSteps:
         nothing back; then the next update is compared.
         """
         optimizer, subject, head = self.subject.config.optimizer, self.subject, self.subject.model.head
-        passes = range(subject.passes)
-        tokens = sum(int((self._batch(number).labels != IGNORE_INDEX).sum()) for number in passes)
+        tokens = sum(int((labels != IGNORE_INDEX).sum()) for labels in self._labels())
         modes = {module: module.training for module in head.modules()}
         head.eval()  # Its adapter's dropout would use up the run's random numbers, and be noise here.
         for number, (hidden, labels) in self.targets.items():

@@ -27,6 +27,7 @@ import torch
 import yaml
 from commands import command
 from test_floors import FLOORS
+from torch.distributed import run as torchrun
 
 from architecture import Decoder
 from config import Config, LoraConfig, ModelConfig
@@ -324,6 +325,7 @@ def test_every_flag_in_the_text_is_known_to_a_command():
     known |= set().union(*(known_flags("recipes", (recipe,)) for recipe in RECIPES))
     known |= known_flags("generate.py", ("--recipe", "refactor")) | {"--help", "--recipe"}
     known |= {"--version", "--print_completion", "--strict"}  # flags of ./plumb and mkdocs
+    known |= torchrun.get_args_parser()._option_string_actions.keys()
     for file in [*(ROOT / "benchmarks").glob("*.py"), ROOT / "tests" / "hostile.py"]:
         known |= known_flags(str(file.relative_to(ROOT)), ())
     for page in [ROOT / "README.md", *PAGES]:

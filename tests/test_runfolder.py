@@ -154,11 +154,11 @@ def test_no_two_runs_are_ever_inside_for_a_minute(tmp_path: Path) -> None:
     assert set(overlaps(tmp_path, 16, 60.0)) <= {0, 4}
 
 
-def lock_without_comparison(folder: Path) -> Any:
+def lock_without_comparison(folder: Path) -> tuple[Any, bool]:
     """Lock as once: without a look at whether the file is still the one in the folder."""
     file = open(folder / LOCK, "w")  # noqa: SIM115
     runfolder.fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return file
+    return file, False
 
 
 @pytest.mark.parametrize("planted", [False, True])

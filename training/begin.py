@@ -6,9 +6,11 @@ before the work that it would waste.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import yaml
@@ -18,42 +20,74 @@ from config import Config, write_atomically
 from config.files import code_fingerprint
 from config.yamlfile import read_yaml
 from data.run_documents import RunDocuments
-from dataset import PreparedData, fitting_row, prepare_data, prepare_tokenizer
+from dataset import PreparedData, fitting_row, micro_batches_of, prepare_data, prepare_tokenizer
 from guards.faults import Fault
 from guards.preflight import preflight, record_overrides
 from lora import trainable_table
-from modules.precision import Precision, keep_freed_memory, release_freed_memory
+from modules.precision import Precision, choose_device, keep_freed_memory, release_freed_memory
 from modules.quantized_linear import n_weights
 from pretrained import Pretrained
 from tokenizer import Tokenizer, load_tokenizer
 from training.announcements import checked_groups, say_data, say_groups
 from training.beforehand import refuse_mistakes
 from training.checkpoint import read_run_file
+from training.distributed import ALONE, World
 from training.loop import UNOBSERVED, Observer, TrainingManager
 from training.random_state import seed_everything
 from training.run import gaps_began_bare, open_base, starting_model, starting_tokenizer, with_base_config
 from training.runfolder import claimed_folder, refuse_changes, refuse_other_data, with_data_resolved
+from training.shared_data import receive, send
+from training.signals import RESUMABLE_MARK
 
 
-def train(config: Config, observer: Observer = UNOBSERVED, is_preset: bool = False) -> TrainingManager:
+class Prepared(NamedTuple):
+    """The settings of a run, now that all are decided, and what it needs beside its model."""
+
+    config: Config
+    tokenizer: Tokenizer
+    data: PreparedData
+    base: Pretrained | None
+
+
+def train(
+    config: Config, observer: Observer = UNOBSERVED, is_preset: bool = False, world: World = ALONE
+) -> TrainingManager:
     """Train one whole run, from settings to the last checkpoint; print what is decided on the way.
 
     Args:
         observer: Functions to call after each step, where one may end the run, and after each save.
         is_preset: The settings are a recipe's own, which says itself what they are like: no warning that a
             user could not act on.
+        world: The processes that share the run; each calls this function.
 
     Raises:
         ValueError: The settings, the data or the folder do not fit; nothing that was there is touched.
         OSError: The disk is full or read-only; older checkpoints stay.
     """
-    precision = refuse_mistakes(config)
-    with claimed_folder(config) as folder:
-        return _train_in(folder, with_data_resolved(config, folder), precision, observer, is_preset)
+    precision = of_rank(refuse_mistakes(config), world)
+    micro_batches_of(config.train.batch_size, config.train.accumulation, world.size)
+    with claimed_folder(config) if world.is_first else contextlib.nullcontext() as folder:
+        folder = Path(world.told(folder and str(folder)))
+        return _train_in(folder, with_data_resolved(config, folder), precision, observer, is_preset, world)
+
+
+def of_rank(precision: Precision, world: World) -> Precision:
+    """Return the precision of a run on the device of this process, of several on a machine its own GPU.
+
+    Raises:
+        ValueError: There are fewer GPUs than processes.
+    """
+    if world.size == 1 or precision.device.type == "cpu":
+        return precision
+    if precision.device.index is not None:
+        raise ValueError(
+            f"--device {precision.device} is one GPU, and {world.size} processes need one each; take cuda"
+        )
+    return replace(precision, device=choose_device(f"cuda:{world.local_rank}"))
 
 
 def _train_in(
-    folder: Path, config: Config, precision: Precision, observer: Observer, is_preset: bool
+    folder: Path, config: Config, precision: Precision, observer: Observer, is_preset: bool, world: World
 ) -> TrainingManager:
     """Train in a folder that is claimed; each of the nine steps refuses what does not fit, in a ValueError.
 
@@ -66,9 +100,41 @@ def _train_in(
     7. Make the optimizers, and restore the state of the run that goes on.
     8. Let the guards look at all of it.
     9. Write down what the run is, and train.
+
+    Of several processes the first does all of it, and hands the others what it has after the fifth step.
     """
     resumes = config.train.resume
     print(f"precision: {precision.reason}")
+    if world.is_first:
+        prepared, fingerprints = prepared_in(folder, config, precision, is_preset)
+        send(world, prepared.config, prepared.tokenizer, prepared.data)
+    else:
+        config, tokenizer, data = receive(world)
+        base = open_base(config, precision.dtype, precision.device)
+        prepared, fingerprints = Prepared(config, tokenizer, data, base), {}
+    config, tokenizer, data, base = prepared
+    model = make_model(config, base, tokenizer, precision.device)
+    manager = TrainingManager(config, model, data, precision, folder, observer, world)
+    if resumes:
+        manager.resume()
+    start = "resumed" if resumes else "fresh" if base is None else "loaded"
+    known_ids = None if base is None or base.tokenizer is None else base.tokenizer.vocab_size
+    subject = manager.subject(tokenizer, start, known_ids, None if base is None else base.stored.folder)
+    if world.is_first:
+        with manager.alone():
+            passed = preflight(subject, config.train.allow)
+        release_freed_memory()
+        write_down(manager, tokenizer, fingerprints, passed)
+    world.told(None)  # The guards have looked at the run, and found it as it should be.
+    manager.fit(subject, warn=not is_preset)
+    return manager
+
+
+def prepared_in(
+    folder: Path, config: Config, precision: Precision, is_preset: bool
+) -> tuple[Prepared, dict[str, str]]:
+    """Make what a run needs beside its model, the first five steps; return its fingerprints too."""
+    resumes = config.train.resume
     base = open_base(config, precision.dtype, precision.device)
     row_may_shrink = base is not None and not config.train.row_length and not resumes
     documents = RunDocuments(config.data)
@@ -80,18 +146,7 @@ def _train_in(
     if resumes:
         refuse_other_data(folder, config, fingerprints)
     say_data(config, data, tokenizer, warn=not is_preset)
-    model = make_model(config, base, tokenizer, precision.device)
-    manager = TrainingManager(config, model, data, precision, folder, observer)
-    if resumes:
-        manager.resume()
-    start = "resumed" if resumes else "fresh" if base is None else "loaded"
-    known_ids = None if base is None or base.tokenizer is None else base.tokenizer.vocab_size
-    subject = manager.subject(tokenizer, start, known_ids, None if base is None else base.stored.folder)
-    passed = preflight(subject, config.train.allow)
-    release_freed_memory()
-    write_down(manager, tokenizer, fingerprints, passed)
-    manager.fit(subject, warn=not is_preset)
-    return manager
+    return Prepared(config, tokenizer, data, base), fingerprints
 
 
 def with_tokenizer(
@@ -201,3 +256,4 @@ def write_down(
     saved = config.to_dict() | {"run": str(folder), "resume": False}
     write_atomically(folder / "config.yaml", yaml.safe_dump(saved, sort_keys=False))
     record_overrides(folder, passed)
+    (folder / RESUMABLE_MARK).unlink(missing_ok=True)

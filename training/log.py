@@ -25,9 +25,13 @@ class Log:
         folder: The run's folder.
         step: Updates done; what was logged of later ones is forgotten.
         config: The run's settings.
+        writes: Whether anything is written; of several processes only the first one does.
     """
 
-    def __init__(self, folder: Path, step: int, config: Config):
+    def __init__(self, folder: Path, step: int, config: Config, writes: bool = True):
+        self.writes, self.loggers = writes, []
+        if not writes:
+            return
         path = folder / "metrics.jsonl"
         if path.exists():
             kept = [line for line in path.read_text("utf-8").splitlines() if step_of(line) <= step]
@@ -43,6 +47,8 @@ class Log:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one line, and hand it to the operating system and to the loggers."""
+        if not self.writes:
+            return
         self.file.write(json.dumps({"step": step} | values) + "\n")
         self.file.flush()
         for logger in self.loggers:
@@ -50,7 +56,8 @@ class Log:
 
     def to_disk(self) -> None:
         """Wait until the lines are on the disk; before that, a loss of power may take them."""
-        os.fsync(self.file.fileno())
+        if self.writes:
+            os.fsync(self.file.fileno())
 
     def close(self, failed: bool = False) -> None:
         """Close the file and the loggers.
@@ -58,7 +65,8 @@ class Log:
         Args:
             failed: Whether an error ends the run.
         """
-        self.file.close()
+        if self.writes:
+            self.file.close()
         close(self.loggers, failed)
 
     def failed_loggers(self) -> frozenset[str]:

@@ -1,6 +1,7 @@
 """The training loop: `TrainingManager.fit`, and `update`, the one step that it repeats.
 
 One step: Batches.batch(number) -> token_loss -> backward -> unscale -> clip -> step -> schedule -> log.
+Several processes may share it; training/distributed.py says who does what.
 `training/begin.py` makes a manager from settings, and hands it to the guards before it trains.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import sys
 import time
@@ -38,13 +40,16 @@ from training.checkpoint import (
     load_weights,
     newest_whole,
     not_finite,
+    read_manifest,
     remove_superseded,
     save_checkpoint,
 )
+from training.distributed import ALONE, World, shared_rows
 from training.log import Log, say, show_progress, training_bar
-from training.loss import TokenLoss, TokenScores, score, token_loss
-from training.optim import build_optimizers, learning_rate_factor
+from training.loss import BatchSums, TokenLoss, TokenScores, score, sums_of_batches, token_loss, total
+from training.optim import Muon, build_optimizers, learning_rate_factor, orthogonalise
 from training.random_state import gpu_state, random_states, seed_pass, set_random_states
+from training.reduction import Reduction
 from training.runfolder import config_fingerprint
 from training.signals import leave, signals_noted
 from training.state import RunState, budget_used, still_falling
@@ -92,7 +97,8 @@ class TrainingManager:
         data: Token stores of the splits.
         precision: The device, and the number format of its products.
         folder: The run's folder.
-        observer: Functions to call after each step and each save.
+        observer: Functions to call after each step and each save, in the first of several processes.
+        world: The processes that share the run.
     """
 
     def __init__(
@@ -103,10 +109,12 @@ class TrainingManager:
         precision: Precision,
         folder: Path,
         observer: Observer = UNOBSERVED,
+        world: World = ALONE,
     ):
         config = config.with_optimizer_defaults()
         self.config, self.model, self.data, self.folder = config, model, data, folder
         self.observer, self.precision, self.device = observer, precision, precision.device
+        self.world = world
         train, stored_as = config.train, model.embed.weight.dtype
         self.eval_precision = evaluation_precision(precision, train.eval_precision, stored_as)
         self.state = RunState()
@@ -116,6 +124,8 @@ class TrainingManager:
             train.batch_size,
             config.row_length,
             train.seed,
+            world.rank,
+            world.size,
             loss_on_prompts=config.data.loss_on == "all",
             order=config.data.order,
             difficulty=difficulties(data.train, config.data.difficulty) if by_difficulty else None,
@@ -126,9 +136,14 @@ class TrainingManager:
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision.dtype == torch.float16)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.reduction = Reduction(world, self.parameters) if world.size > 1 else None
+        for optimizer in self.optimizers:
+            if isinstance(optimizer, Muon) and world.size > 1:
+                optimizer.orthogonalise = self.orthogonalised
         # The average of all held-out files: a validation on the way reads a part of them only.
         self.targets_per_byte = data.validation.n_targets / data.validation.n_bytes
         self.stop_signal: int | None = None
+        self.agreed_signal: int | None = None  # That of any process, once all of them know of it.
         self.saved_step: int | None = None
         self.began = 0.0  # On the clock, as if all stretches of the run had been one.
         self.resumed_from: Manifest | None = None
@@ -193,18 +208,19 @@ class TrainingManager:
         first_steps = DerivedSteps(subject, train.allow, self.state.step, self.progress())
         self.refuse_difference()  # Once more: since the checkpoint was restored nothing may have changed.
         with (
-            Log(self.folder, self.state.step, self.config) as log,
+            Log(self.folder, self.state.step, self.config, self.world.is_first) as log,
             contextlib.closing(first_steps),
-            signals_noted(self, self.observer.on_second_signal),
+            signals_noted(self, self.observer.on_second_signal, self.world.is_first),
             training_bar() as bar,
         ):
-            while self.progress() < 1 and self.stop_signal is None and not self.out_of_patience():
+            ended = False
+            while self.goes_on(ended):
                 values = self.update()
-                step, self.state.seconds = self.state.step, time.perf_counter() - self.began
+                step, self.state.seconds = self.state.step, self.world.of_first(self.elapsed())
                 losses.append(values["train/loss"])
                 is_finite = math.isfinite(losses[-1]) and math.isfinite(values["train/grad_norm"])
                 if first_steps.after(self.progress(), skipped=not is_finite):
-                    record_overrides(self.folder, first_steps.passed)  # Now: a killed run keeps it too.
+                    self.record(first_steps)  # Now: a killed run keeps it too.
                 rate = (self.state.tokens - tokens_before) / (self.state.seconds - seconds_before)
                 text = f"step {step}  loss {losses[-1]:.3f}  {rate:,.0f} tokens/s"
                 show_progress(bar, text, self.progress(), self.state.seconds)
@@ -216,20 +232,52 @@ class TrainingManager:
                 # A proof of resume trains all its steps, however soon the model knows its files.
                 if train.overfit and not train.prove_resume and due and self.knows_by_heart(self.validate()):
                     break
-                if self.observer.on_step(self, values):
-                    break
+                ended = self.world.is_first and self.observer.on_step(self, values)
             if first_steps.finish():
-                record_overrides(self.folder, first_steps.passed)
+                self.record(first_steps)
             if self.out_of_patience():
                 say(f"stopped early: {train.patience} validations without a better loss")
-            if self.saved_step != self.state.step and self.stop_signal is not None and self.progress() < 1:
+            if self.saved_step != self.state.step and self.agreed_signal is not None and self.progress() < 1:
                 self.save(None)  # Without a validation, which a run that is not stopped would not have here.
             elif self.saved_step != self.state.step:
                 self.validate_save_and_compare(log, first_steps)
+        self.stop_signal = self.stop_signal or self.agreed_signal
         self.failed_loggers = log.failed_loggers()
         ended = self.resumed_from is None and self.progress() >= 1
         if warn and ended and (warning := still_falling(losses)):
             print(f"warning: {warning}", file=sys.stderr)
+
+    def goes_on(self, ended: bool) -> bool:
+        """Return whether another update is made, which all processes decide alike.
+
+        Args:
+            ended: Whether the observer ends the run.
+        """
+        signal, ends = self.world.largest(self.stop_signal or 0, ended)
+        self.agreed_signal = int(signal) or None
+        return not (ends or signal or self.progress() >= 1 or self.out_of_patience())
+
+    def elapsed(self) -> float:
+        """Return the seconds of training by this process's clock, all stretches of the run together."""
+        return time.perf_counter() - self.began
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let this process compute without the others, which do something else or wait."""
+        world, self.world = self.world, ALONE
+        try:
+            yield
+        finally:
+            self.world = world
+
+    def orthogonalised(self, matrices: torch.Tensor) -> torch.Tensor:
+        """Return Muon's updates of matrices, of which each process computes its share."""
+        return shared_rows(self.world, matrices, orthogonalise)
+
+    def record(self, first_steps: DerivedSteps) -> None:
+        """Write down which faults of the first updates were let pass."""
+        if self.world.is_first:
+            record_overrides(self.folder, first_steps.passed)
 
     def update(self) -> dict[str, float]:
         """Take the next optimizer step, over its micro-batches; return what is logged of it."""
@@ -240,10 +288,12 @@ class TrainingManager:
     def update_on(self, micro_batches: list[Batch], progress: float) -> dict[str, float]:
         """Take one optimizer step over micro-batches, as of a share of the budget."""
         # The gradient is that of the mean over the targets of the whole step, as if it were one batch.
-        targets = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in micro_batches)
+        own_targets = sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in micro_batches)
+        targets = int(self.world.sum(own_targets)[0])
         if targets == 0:
             raise ValueError(f"no token of step {self.state.step + 1} is a target; check the data's labels")
         self.model.train()
+        reduction = self.reduction if self.world.size > 1 else None
         nll = 0.0
         for number, batch in enumerate(micro_batches):
             if self.batches.version > 1:  # Before, the state of the generators went on from pass to pass.
@@ -251,9 +301,14 @@ class TrainingManager:
                     self.config.train.seed, self.state.step, self.batches.first_row(number), self.device
                 )
             loss = self.loss(batch)
+            if reduction is not None and number == len(micro_batches) - 1:
+                reduction.begin()
             self.scaler.scale(loss.objective / targets).backward()
             nll += loss.cross_entropy.item()
             del loss  # With its graph, whose memory the next forward pass needs.
+        if reduction is not None:
+            reduction.finish()
+        (nll,) = self.world.sum(nll)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         grad_clip = self.config.optimizer.grad_clip or math.inf
@@ -302,7 +357,9 @@ class TrainingManager:
         state.skipped_updates += 1
         limit = NOT_FINITE_IN_FP16 if self.scaler.is_enabled() else NOT_FINITE_IN_A_ROW
         if state.skipped_in_a_row >= limit:
-            where = save_batches(self.folder / f"not-finite-step-{state.step}.safetensors", micro_batches)
+            rank = f"-process-{self.world.rank}" if self.world.size > 1 else ""  # Each has rows of its own.
+            name = f"not-finite-step-{state.step}{rank}.safetensors"
+            where = save_batches(self.folder / name, micro_batches)
             raise ValueError(
                 f"loss or gradient was not finite {limit} times in a row, up to step {state.step}, whose "
                 f"batch is {where}; {self.remedy()}"
@@ -334,9 +391,15 @@ class TrainingManager:
     # --- validation and checkpoints ------------------------------------------------------------------
 
     def validate(self, limit: int = 0) -> TokenScores:
-        """Return the scores of `limit` rows spread evenly over the validation files; 0 reads all of them."""
+        """Return the scores of `limit` rows spread evenly over the validation files; 0 reads all of them.
+
+        Several processes share the batches, whose sums are added in the order that one process has.
+        """
         release_freed_memory()
-        scores = self.score(self.validation_batches(limit))
+        own = self.validation_batches(limit, self.world.rank, self.world.size)
+        by_batch = [tuple(sums) for sums in sums_of_batches(self.model, own, self.eval_precision)]
+        parts = itertools.zip_longest(*self.world.gather(by_batch))
+        scores = total(BatchSums(*sums) for part in parts for sums in part if sums is not None)
         release_freed_memory()
         return scores
 
@@ -344,10 +407,10 @@ class TrainingManager:
         """Return the scores of batches in the precision of validation."""
         return score(self.model, batches, self.eval_precision)
 
-    def validation_batches(self, limit: int = 0) -> Iterator[Batch]:
-        """Yield the batches that `validate` reads."""
+    def validation_batches(self, limit: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Yield the batches that `validate` reads, or those of one of several processes."""
         rows, length = self.config.train.batch_size, self.config.row_length
-        return validation_batches(self.data.validation, rows, length, limit)
+        return validation_batches(self.data.validation, rows, length, limit, rank, world_size)
 
     def knows_by_heart(self, scores: TokenScores) -> bool:
         """Return whether all is predicted but the first token of each file: nothing tells those apart."""
@@ -357,15 +420,16 @@ class TrainingManager:
     def validate_save_and_compare(self, log: Log, first_steps: DerivedSteps) -> dict[str, float]:
         """Validate and save, and let the guard derive both again; return what is logged."""
         values = self.validate_and_save(log)
-        if first_steps.after_save(values, is_last=self.progress() >= 1):
-            record_overrides(self.folder, first_steps.passed)
+        if self.world.is_first and first_steps.after_save(values, is_last=self.progress() >= 1):
+            self.record(first_steps)
+        self.world.told(None)  # Rank 0 has saved, which may take long.
         return values
 
     def validate_and_save(self, log: Log) -> dict[str, float]:
         """Validate, count patience, log and save, and only then print; return what is logged."""
         train, state = self.config.train, self.state
         scores = self.validate(train.validation_rows)
-        state.seconds = time.perf_counter() - self.began  # Before it is saved: a resume counts it.
+        state.seconds = self.world.of_first(self.elapsed())  # Before it is saved: a resume counts it.
         if not math.isfinite(scores.loss):
             raise ValueError(
                 f"the validation loss of step {state.step} is {scores.loss}, so it was not saved; "
@@ -392,14 +456,17 @@ class TrainingManager:
 
     def save(self, loss: float | None) -> None:
         """Write a checkpoint and remove what is superseded; ValueError if a tensor of it is not finite."""
-        train, step, state = self.config.train, self.state.step, self.whole_state()
+        train, step = self.config.train, self.state.step
+        self.saved_step = step
+        if not self.world.is_first:
+            return
+        state = self.whole_state()
         wrong = not_finite(self.model, state)
         if wrong is not None:
             raise ValueError(f"{wrong} of step {step} is not finite, so it was not saved; {self.remedy()}")
         folder = self.folder / "checkpoints"
         keep = bool(train.save_every) and step % train.save_every == 0
         manifest = save_checkpoint(folder, step, self.model, state, loss, keep)
-        self.saved_step = step
         remove_superseded(folder, train.keep)
         self.observer.on_save(manifest)
 
@@ -426,7 +493,8 @@ class TrainingManager:
             ValueError: None is whole, or what was restored is not what the checkpoint holds.
             BudgetUsed: Nothing is left to train.
         """
-        manifest = newest_whole(self.folder / "checkpoints")
+        newest = newest_whole(self.folder / "checkpoints") if self.world.is_first else None
+        manifest = read_manifest(Path(self.world.told(newest and str(newest.folder))))
         load_weights(self.model, manifest)
         state = load_state(manifest)
         self.state = RunState(**state["run"] | {"best_loss": float(state["run"]["best_loss"])})

@@ -352,7 +352,15 @@ class TokenScores:
         return bits_per_byte(self.nats, n_bytes)
 
 
-@torch.no_grad()
+class BatchSums(NamedTuple):
+    """Sums over the targets of one batch, which has none where all of it is padding."""
+
+    nats: float
+    tokens: int
+    top1: int  # Targets that had the largest logit.
+    top5: int
+
+
 def score(
     model: Decoder,
     batches: Iterable[Batch],
@@ -367,18 +375,45 @@ def score(
     Raises:
         ValueError: No token is a target.
     """
+    return total(sums_of_batches(model, batches, precision, on_batch))
+
+
+@torch.no_grad()
+def sums_of_batches(
+    model: Decoder,
+    batches: Iterable[Batch],
+    precision: Precision,
+    on_batch: Callable[[Batch, Tensor, Tensor], None] = lambda batch, nll, target_rank: None,
+) -> list[BatchSums]:
+    """Return the sums of each batch; the arguments are those of `score`."""
     was_training, device = model.training, precision.device
-    nats, tokens, top1, top5 = 0.0, 0, 0, 0
+    sums = []
     model.eval()
     try:
         for batch in batches:
             with precision.autocast():
                 loss = token_loss(model, Batch(*(t.to(device) for t in batch)), ranks=True)
-            nats += loss.cross_entropy.item()
             on_batch(batch, loss.nll, loss.target_rank)
-            tokens, top1, top5 = tokens + loss.tokens, top1 + loss.top1, top5 + loss.top5
+            sums.append(BatchSums(loss.cross_entropy.item(), loss.tokens, loss.top1, loss.top5))
     finally:
         model.train(was_training)
+    return sums
+
+
+def total(sums: Iterable[BatchSums]) -> TokenScores:
+    """Return the scores over all batches, which are added one after another.
+
+    Raises:
+        ValueError: No token is a target.
+    """
+    nats, tokens, top1, top5 = 0.0, 0, 0, 0
+    for batch in sums:
+        nats, tokens, top1, top5 = (
+            nats + batch.nats,
+            tokens + batch.tokens,
+            top1 + batch.top1,
+            top5 + batch.top5,
+        )
     if tokens == 0:
         raise ValueError(
             "no token of the validation data is a target; it needs at least one file of two tokens"

@@ -85,6 +85,7 @@ class Muon(Uncompiled):
 
     def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.orthogonalise = orthogonalise  # Several processes may share the matrices.
         for group in self.param_groups:
             for p in group["params"]:
                 if p.dim() != 2:
@@ -106,7 +107,7 @@ class Muon(Uncompiled):
                         self.state[p]["momentum"] = torch.zeros_like(p)
                     momentum = self.state[p]["momentum"].lerp_(p.grad, 1 - group["momentum"])
                     looked_ahead.append(p.grad.lerp(momentum, group["momentum"]))
-                updates = orthogonalise(torch.stack(looked_ahead))
+                updates = self.orthogonalise(torch.stack(looked_ahead))
                 size = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
                 for p, update in zip(parameters, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-size)

@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ from config.setting import REFUSED, WARNED
 from config.yamlfile import read_yaml
 
 LOCK = ".lock"
+# What a run writes before its first checkpoint.
+BEGINNINGS = ("tokenizer", "fingerprints.json", "config.yaml", "overrides.json", "metrics.jsonl")
+BEGINNINGS += ("tensorboard", "wandb", "mlruns", "checkpoints")
 LOCK_TRIES = 1000  # Each fails only if another run ended in the same microseconds.
 
 
@@ -31,7 +35,8 @@ def claimed_folder(config: Config) -> Iterator[Path]:
     """Hold the run's folder, new or empty, or with `resume` one that holds a run; locked while it is held.
 
     The lock is the kernel's: a second run in the folder fails at once, and a killed run's lock is free. A run
-    that fails before anything is written leaves no folder behind.
+    that fails before anything is written leaves no folder behind, and one that was killed before its first
+    checkpoint leaves it free: it is cleared for the next one.
     """
     train = config.train
     if train.resume and not train.run:
@@ -41,25 +46,47 @@ def claimed_folder(config: Config) -> Iterator[Path]:
         raise ValueError(f"{folder} is a file; name a folder with --run")
     if train.resume and not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} holds no run to resume; check --run, or leave --resume out")
-    with _locked(folder):
+    with _locked(folder) as is_left:
+        if not train.resume and is_left:
+            _clear_beginning(folder)
         if not train.resume and any(path.name != LOCK for path in folder.iterdir()):
             raise ValueError(f"{folder} already holds another run; go on with --resume, or name a new --run")
         yield folder
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Return whether the folder of a run has a checkpoint, be it whole or not."""
+    return any((folder / "checkpoints").glob("step-*"))
+
+
+def _clear_beginning(folder: Path) -> None:
+    """Remove what a killed run has left that came to no checkpoint, if there is nothing else."""
+    found = [path for path in folder.iterdir() if path.name != LOCK]
+    if has_checkpoint(folder) or any(path.name not in BEGINNINGS for path in found):
+        return
+    for path in found:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[bool]:
     """Hold the folder's lock; make the folder, and at the end remove the lock file, and the folder if empty.
+
+    Yields whether the lock file was there, which a killed run has left.
 
     Raises:
         ValueError: Another process holds the lock.
     """
     lock = folder / LOCK
-    file = next(filter(None, (_try_lock(folder) for _ in range(LOCK_TRIES))), None)
-    if file is None:
+    found = next(filter(None, (_try_lock(folder) for _ in range(LOCK_TRIES))), None)
+    if found is None:
         raise ValueError(f"{folder} can be neither made nor locked; name another --run")
+    file, is_left = found
     try:
-        yield
+        yield is_left
     finally:
         lock.unlink(missing_ok=True)  # Before the lock is given up: see _try_lock.
         file.close()
@@ -67,21 +94,22 @@ def _locked(folder: Path) -> Iterator[None]:
             folder.rmdir()  # This fails unless the folder is empty.
 
 
-def _try_lock(folder: Path) -> TextIO | None:
-    """Return the locked file, or None if it is no longer the one in the folder: try again.
+def _try_lock(folder: Path) -> tuple[TextIO, bool] | None:
+    """Return the locked file and whether it was there, or None if it is no longer the folder's: try again.
 
     A holder removes the file at its end. Who had opened it before gets a lock on what nobody else can see,
     while a third makes a new file and locks that: two runs in one folder. So the inodes are compared.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "w", encoding="utf-8")  # noqa: SIM115
-    except (FileNotFoundError, FileExistsError):  # The holder before removed the folder.
+        is_left = (folder / LOCK).exists()
+        file = open(folder / LOCK, "r+" if is_left else "x", encoding="utf-8")  # noqa: SIM115
+    except (FileNotFoundError, FileExistsError):  # Another one made or removed it, or the folder, meanwhile.
         return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
-            return file
+            return file, is_left
     except FileNotFoundError:
         pass
     except BlockingIOError:

@@ -10,8 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, Protocol
 
+from config.console import under_torchrun
+
 RESUMABLE = 75  # Exit code of a run that a signal stopped and that --resume continues (EX_TEMPFAIL).
+RESUMABLE_MARK = "resumable"  # A file in the folder of such a run, where torchrun would start it again.
 SAME_SIGNAL = 0.1  # Seconds within which a signal that comes twice counts once.
+PASSED_ON = 10.0  # The same under torchrun, which passes on what a terminal or a cluster has sent to all.
 
 
 class Stoppable(Protocol):
@@ -33,28 +37,34 @@ def leave_the_run(number: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def signals_noted(loop: Stoppable, on_second: Callable[[int], NoReturn] = leave) -> Iterator[None]:
+def signals_noted(
+    loop: Stoppable, on_second: Callable[[int], NoReturn] = leave, says: bool = True
+) -> Iterator[None]:
     """Note SIGINT, SIGTERM, SIGHUP and SIGUSR1 in `loop.stop_signal`; a second signal ends the process.
 
     The same signal within SAME_SIGNAL seconds is no second one: a closed terminal hangs up twice, through the
-    shell and through the kernel, and `timeout` signals its child and then the child's group. Python gives
+    shell and through the kernel, and `timeout` signals its child and then the child's group. Under torchrun
+    it may come twice within PASSED_ON seconds. Python gives
     signals to its main thread alone: a loop in another thread notes none.
 
     Args:
         on_second: Called with a second signal.
+        says: Whether the first signal is answered by a line on the standard error.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    first = 0.0
+    first, same = 0.0, PASSED_ON if under_torchrun() else SAME_SIGNAL
 
     def note(number: int, frame: Any) -> None:
         nonlocal first
-        if loop.stop_signal == number and time.monotonic() - first < SAME_SIGNAL:
+        if loop.stop_signal == number and time.monotonic() - first < same:
             return
         if loop.stop_signal is not None:
             on_second(number)
         loop.stop_signal, first = number, time.monotonic()
+        if not says:
+            return
         text = f"\n{signal.Signals(number).name}: finishing the step, then saving\n"
         with contextlib.suppress(OSError):
             os.write(2, text.encode())  # `print` fails where it has itself been interrupted.

@@ -95,7 +95,6 @@ class DerivedSteps(FirstSteps):
 
     def _compare_counters(self, comparison: Comparison) -> None:
         """Compare by how much the counts of updates, targets and skipped updates rose."""
-        labels = [self._batch(number).labels for number in range(self.subject.passes)]
         state = self.subject.state
         comparison.exact(
             f"counts of updates, targets and skipped ones after update {self.step + 1}",
@@ -105,7 +104,7 @@ class DerivedSteps(FirstSteps):
                 state.skipped_updates - self.skipped,
                 state.skipped_in_a_row,
             ),
-            (1, update.n_targets(labels), 0, 0),
+            (1, update.n_targets(self._labels()), 0, 0),
             "what an update adds to the counts that a checkpoint keeps",
         )
 

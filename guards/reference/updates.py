@@ -47,7 +47,12 @@ def compare(subject: GuardSubject, comparison: Comparison) -> None:
 
 
 def named_fault(subject: GuardSubject) -> Fault | None:
-    """Return what the guard of the first updates says of the run's own, if it has a name for the fault."""
+    """Return what the guard of the first updates says of the run's own, if it has a name for the fault.
+
+    Of several processes this one alone cannot make the run's updates.
+    """
+    if subject.batches.world_size > 1:
+        return None
     with put_back(subject):
         first_steps = FirstSteps(subject, (), subject.state.step, subject.progress())
         try:
