@@ -71,9 +71,7 @@ def refuse_other_answers(
 def as_written(model: Decoder, opened: OpenedGguf) -> Decoder:
     """Give a model the numbers of the file, in fp32, and return it in evaluation."""
     for name in dict(model.named_parameters()):
-        to, order = opened.place(name, model.config)
-        found = opened.rows(to, 0, len(opened.tensors[to].data))
-        model.get_parameter(name).data = (found if order is None else found[order]).float()
+        model.get_parameter(name).data = opened.parameter(name, model.config).float()
     if model.config.tie_embeddings:
         model.head.weight = model.embed.weight
     return model.eval()
@@ -96,9 +94,7 @@ def _served(program: str, path: Path, context: int) -> Iterator[int]:
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
                     lines = log.read().decode(errors="replace").splitlines()
-                    said = next(
-                        (line for line in reversed(lines) if "error" in line), lines[-1] if lines else ""
-                    )
+                    said = next((line for line in lines if "error" in line), lines[-1] if lines else "")
                     raise Differs(
                         f"{SERVER} {path.name}", f"it does not open the file: {said[-200:]}", REMEDY
                     )

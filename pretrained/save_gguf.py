@@ -33,66 +33,14 @@ from modules.frozen_linear import FrozenLinear
 from modules.positions import ROPE_SCALINGS, rotary_frequency
 from modules.tensorfiles import flush
 from pretrained.family import Family
+from pretrained.gguf_families import CONTEXT_STEP, MODULES, GgufFamily, form_of
 from pretrained.gguf_tokenizer import GgufVocabulary, gguf_vocabulary
-from pretrained.save import choose_family
 from tokenizer import Tokenizer
 
 BLOCK = 32  # Numbers that share a scale, in both quantised types.
 LARGEST = 65504.0  # The largest number that 16 bits hold.
+Metadata = dict[str, str | int | float | bool]
 FILE_TYPES = {"f16": 1, "q8_0": 7, "q4_0": 2}  # general.file_type, as ggml numbers them
-
-# Our module -> GGUF's, in all of the families; `{}` stands for the layer's number.
-MODULES = {
-    "embed": "token_embd",
-    "position": "position_embd",
-    "blocks.{}.norm": "blk.{}.attn_norm",
-    "blocks.{}.attention_norm": "blk.{}.attn_norm",
-    "blocks.{}.attention.qkv": "blk.{}.attn_qkv",
-    "blocks.{}.attention.q": "blk.{}.attn_q",
-    "blocks.{}.attention.k": "blk.{}.attn_k",
-    "blocks.{}.attention.v": "blk.{}.attn_v",
-    "blocks.{}.attention.out": "blk.{}.attn_output",
-    "blocks.{}.mlp_norm": "blk.{}.ffn_norm",
-    "blocks.{}.mlp.gate": "blk.{}.ffn_gate",
-    "blocks.{}.mlp.up": "blk.{}.ffn_up",
-    "blocks.{}.mlp.down": "blk.{}.ffn_down",
-    "norm": "output_norm",
-    "head": "output",
-}
-
-
-class GgufFamily(NamedTuple):
-    """How llama.cpp computes a family.
-
-    Args:
-        name: llama.cpp's name of it.
-        needs: ModelConfig fields with the values that it knows.
-        scalings: The rotary scalings that it computes.
-        any_width: A head may have another width than n_embd / n_head.
-        pairs: Rotates dimensions 2i and 2i + 1 together, so that rows of q and k are written in that order.
-        own_head: Has a head of its own even where it is tied.
-    """
-
-    name: str
-    needs: dict[str, Any]
-    scalings: tuple[str, ...] = ("none",)
-    any_width: bool = False
-    pairs: bool = False
-    own_head: bool = False
-
-
-_TANH = {"mlp": "gelu_tanh"}
-GGUF_FAMILIES = {
-    "gpt_bigcode": GgufFamily("starcoder", _TANH),
-    "llama": GgufFamily("llama", {"mlp": "swiglu"}, ("none", "linear", "llama3"), any_width=True, pairs=True),
-    "phi": GgufFamily("phi2", _TANH | {"qk_norm": False}, ("none", "linear"), own_head=True),
-    "starcoder2": GgufFamily(
-        "starcoder2",
-        _TANH | {"qkv_bias": True, "attention_bias": True, "mlp_bias": True},
-        ("none", "linear"),
-    ),
-    "qwen2": GgufFamily("qwen2", {"mlp": "swiglu"}, ("none", "linear")),
-}
 
 
 def save_gguf(
@@ -123,7 +71,7 @@ def save_gguf(
     path = Path(path)
     if any(isinstance(module, FrozenLinear) for module in model.modules()):
         raise ValueError("the model is stored in fewer bits; call dequantize_linears before saving it")
-    chosen, form = _form_of(model.config, family)
+    chosen, form = form_of(model.config, family)
     vocabulary = gguf_vocabulary(tokenizer, model.config.vocab_size)
     if os.path.lexists(path):
         raise ValueError(f"{path} is there already; name a new file")
@@ -153,43 +101,31 @@ def library() -> Any:
     return gguf
 
 
-def _form_of(config: ModelConfig, model_type: str | None) -> tuple[Family, GgufFamily]:
-    """Return the family of a model and llama.cpp's form of it; ValueError says what has none."""
-    family = choose_family(config, model_type)
-    form = GGUF_FAMILIES.get(family.model_type)
-    if form is None:
-        raise ValueError(
-            f"no form of a {family.model_type} model that llama.cpp opens is known here; export it "
-            "with --out FOLDER, or train one with the parts of " + ", ".join(GGUF_FAMILIES)
-        )
-    lacking = [
-        f"model.{key} {getattr(config, key)}"
-        for key, value in form.needs.items()
-        if getattr(config, key) != value
-    ]
-    if config.position == "rotary" and config.rope_scaling not in form.scalings:
-        lacking.append(f"model.rope_scaling {config.rope_scaling}")
-    if config.head_dim * config.n_head != config.n_embd and not form.any_width:
-        lacking.append(
-            f"model.head_dim {config.head_dim} with {config.n_head} heads of a width {config.n_embd}"
-        )
-    if lacking:
-        raise ValueError(
-            f"llama.cpp's {form.name} has no {', no '.join(lacking)}: export the model with --out FOLDER, or "
-            "train one without"
-        )
-    return family, form
-
-
 class _GgufTensor(NamedTuple):
-    """A tensor of the file: the model's values, the order of its rows (None as they are), and the type."""
+    """A tensor of the file.
+
+    Args:
+        values: The model's; of the first expert where there are `others`.
+        order: Which row of the model's each row is; None as they are.
+        kind: A name of gguf.GGMLQuantizationType.
+        others: The same matrix of a layer's other experts, which follow.
+    """
 
     values: Tensor
     order: Tensor | None
-    kind: str  # a name of gguf.GGMLQuantizationType
+    kind: str
+    others: tuple[Tensor, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        n = 1 + len(self.others)
+        return (n, *self.values.shape) if self.others else tuple(self.values.shape)
 
     def stored(self, name: str, gguf: Any) -> np.ndarray[Any, Any]:
         """Return the numbers as they are written; ValueError for one that 16 bits do not hold."""
+        if self.others:
+            each = (self.values, *self.others)
+            return np.stack([self._replace(values=one, others=()).stored(name, gguf) for one in each])
         values = self.values.detach().cpu().float()
         largest = float(values.abs().max()) if values.numel() else 0.0
         most = math.inf if self.kind == "F32" else LARGEST
@@ -212,15 +148,17 @@ def _write(
     if kept and file_type != "f16":
         print(f"{kept} matrices are written in f16: their rows are no multiple of {BLOCK}", file=sys.stderr)
     writer = gguf.GGUFWriter(path, form.name)
+    puts = {
+        str: writer.add_string, float: writer.add_float32, int: writer.add_uint32, bool: writer.add_bool
+    }  # fmt: skip
     try:
         for key, value in _metadata(model.config, form, file_type, name).items():
-            put = {str: writer.add_string, float: writer.add_float32, int: writer.add_uint32}[type(value)]
-            put(key, value)
+            puts[type(value)](key, value)
         _add_vocabulary(writer, vocabulary)
         for to, tensor in tensors.items():
-            kind, shape = gguf.GGMLQuantizationType[tensor.kind], tuple(tensor.values.shape)
+            kind, shape = gguf.GGMLQuantizationType[tensor.kind], tensor.shape
             block, size = gguf.GGML_QUANT_SIZES[kind]
-            n_bytes = tensor.values.numel() // block * size
+            n_bytes = math.prod(shape) // block * size
             writer.add_tensor_info(to, shape, np.dtype(np.float32), n_bytes, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -231,25 +169,12 @@ def _write(
         writer.close()
 
 
-def _metadata(
-    config: ModelConfig, form: GgufFamily, file_type: str, name: str
-) -> dict[str, str | int | float]:
-    """Return what a file says of a model's shape, by key.
-
-    A model with a window is read with a context of that many tokens, in which the window hides nothing:
-    llama.cpp computes these families without one.
-    """
-    context = min(config.block_size, config.sliding_window or config.block_size)
-    if context < config.block_size:
-        print(
-            f"warning: llama.cpp's {form.name} has no sliding window, so that the file says a context of "
-            f"{context} tokens, not {config.block_size}; in that many both are equal",
-            file=sys.stderr,
-        )
-    eps = "attention.layer_norm_rms_epsilon" if config.norm == "rms" else "attention.layer_norm_epsilon"
-    of_form: dict[str, str | int | float] = {
+def _metadata(config: ModelConfig, form: GgufFamily, file_type: str, name: str) -> Metadata:
+    """Return what a file says of a model's shape, by key."""
+    eps = "attention.layer_norm_epsilon" if config.norm == "layer" else "attention.layer_norm_rms_epsilon"
+    of_form: Metadata = {
         "vocab_size": config.vocab_size,
-        "context_length": context,
+        "context_length": _context(config, form),
         "embedding_length": config.n_embd,
         "block_count": config.n_layer,
         "feed_forward_length": config.n_inner,
@@ -261,16 +186,72 @@ def _metadata(
     }
     if config.position == "rotary":
         of_form |= {"rope.dimension_count": config.rotary_dim, "rope.freq_base": float(config.rope_theta)}
-        if config.rope_scaling == "linear":
-            of_form |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(config.rope_factor)}
-            of_form |= {"rope.scaling.original_context_length": config.block_size}
-    general: dict[str, str | int | float] = {
+        of_form |= _scaling(config)
+    if form.says_parallel:
+        of_form["use_parallel_residual"] = config.block != "sequential"
+    if config.n_experts:
+        of_form |= {"expert_count": config.n_experts, "expert_used_count": config.n_chosen}
+        of_form["expert_feed_forward_length"] = config.n_inner
+    if form.name == "granite":
+        of_form |= {
+            "embedding_scale": float(config.embed_scale),
+            "residual_scale": float(config.residual_scale),
+            "logit_scale": float(config.logit_divisor),
+            "attention.scale": float(config.attention_scale or config.head_dim**-0.5),
+        }
+    general: Metadata = {
         "general.type": "model",
         "general.name": re.sub(r"[^\w .-]", "_", name)[:100],
         "general.file_type": FILE_TYPES[file_type],
         "general.quantization_version": 2,
     }
     return general | {f"{form.name}.{key}": value for key, value in of_form.items()}
+
+
+def _context(config: ModelConfig, form: GgufFamily) -> int:
+    """Return the context of a file, which is one in which llama.cpp computes what the model does.
+
+    It has no window in these families, which hides nothing in a context of that many tokens, and it chooses
+    the list of longrope by its context, where the model does by the length of a text.
+    """
+    context = min(config.block_size, config.sliding_window or config.block_size)
+    if context < config.block_size:
+        print(
+            f"warning: llama.cpp's {form.name} has no sliding window, so that the file says a context of "
+            f"{context} tokens, not {config.block_size}; in that many both are equal",
+            file=sys.stderr,
+        )
+    first = config.rope_context // CONTEXT_STEP * CONTEXT_STEP
+    if config.rope_scaling == "longrope" and first < context:
+        print(
+            f"warning: llama.cpp rotates short texts too by the list for long ones, where its context is "
+            f"above {config.rope_context} tokens, so that the file says a context of {first}, in which both "
+            f"are equal; for longer texts give it --override-kv {form.name}.context_length=int:{context}",
+            file=sys.stderr,
+        )
+        return first
+    return context
+
+
+def _scaling(config: ModelConfig) -> Metadata:
+    """Return what a file says of a rotary scaling; llama3 is a tensor, and says nothing."""
+    found: Metadata = {"type": config.rope_scaling}
+    if config.rope_scaling == "linear":
+        found |= {"factor": float(config.rope_factor), "original_context_length": config.block_size}
+    elif config.rope_scaling == "yarn":
+        usual = 0.1 * math.log(config.rope_factor) + 1  # llama.cpp has this factor of its own.
+        found |= {
+            "factor": float(config.rope_factor),
+            "original_context_length": config.rope_context,
+            "yarn_beta_fast": float(config.rope_beta_fast),
+            "yarn_beta_slow": float(config.rope_beta_slow),
+            "attn_factor": config.rope_attention / usual,
+        }
+    elif config.rope_scaling == "longrope":
+        found |= {"original_context_length": config.rope_context, "attn_factor": config.rope_attention}
+    else:
+        return {}
+    return {f"rope.scaling.{key}": value for key, value in found.items()}
 
 
 def _add_vocabulary(writer: Any, vocabulary: GgufVocabulary) -> None:
@@ -293,16 +274,29 @@ def _tensors(model: Decoder, form: GgufFamily, file_type: str) -> dict[str, _Ggu
         if name == "head.weight" and config.tie_embeddings and not form.own_head:
             continue
         module, _, kind = name.rpartition(".")
-        general = re.sub(r"^blocks\.\d+\.", "blocks.{}.", module)
-        layer = module.split(".")[1] if general != module else ""
+        general = re.sub(r"\.experts\.\d+\.", ".experts.", re.sub(r"^blocks\.\d+\.", "blocks.{}.", module))
+        layer = module.split(".")[1] if module.startswith("blocks.") else ""
         to = f"{MODULES[general].format(layer)}.{kind}"
         part = module.rpartition(".")[2]
+        if to in found:  # The next expert's.
+            found[to] = found[to]._replace(others=(*found[to].others, values))
+            continue
+        if config.norm == "rms_offset" and part.endswith("norm"):
+            values = values.float() + 1
         found[to] = _GgufTensor(values, _order(config, form, part), _type_of(part, values, file_type))
+    return found | _frequencies(config)
+
+
+def _frequencies(config: ModelConfig) -> dict[str, _GgufTensor]:
+    """Return the tensors by whose numbers llama.cpp divides the rotary frequencies."""
+    found: dict[str, Tensor] = {}
     if config.position == "rotary" and config.rope_scaling == "llama3":
         frequency = rotary_frequency(config.rotary_dim, config.rope_theta)
-        slower = ROPE_SCALINGS["llama3"](frequency, config, torch.zeros(()))
-        found["rope_freqs.weight"] = _GgufTensor(frequency / slower, None, "F32")
-    return found
+        found["rope_freqs"] = frequency / ROPE_SCALINGS["llama3"](frequency, config, torch.zeros(()))
+    elif config.position == "rotary" and config.rope_scaling == "longrope":
+        found["rope_factors_short"] = torch.tensor(config.rope_short)
+        found["rope_factors_long"] = torch.tensor(config.rope_long)
+    return {f"{name}.weight": _GgufTensor(values, None, "F32") for name, values in found.items()}
 
 
 def _order(config: ModelConfig, form: GgufFamily, part: str) -> Tensor | None:
@@ -318,7 +312,7 @@ def _order(config: ModelConfig, form: GgufFamily, part: str) -> Tensor | None:
 
 def _type_of(part: str, values: Tensor, file_type: str) -> str:
     """Return the type of a tensor; embedding and head suffer most from 4 bits."""
-    if values.dim() < 2 or part == "position":
+    if values.dim() < 2 or part in ("position", "router"):
         return "F32"
     if file_type == "f16" or values.size(-1) % BLOCK:
         return "F16"

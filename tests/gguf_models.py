@@ -20,6 +20,24 @@ BIASED: dict[str, Any] = {
     "mlp_bias": True, "mlp": "gelu_tanh", "qk_norm": False,
 }  # fmt: skip
 LLAMA3 = {"rope_scaling": "llama3", "rope_factor": 4.0, "rope_context": 16, "rope_high_freq": 3.0}
+YARN = {"rope_scaling": "yarn", "rope_factor": 4.0, "rope_context": 32, "rope_beta_fast": 4.0}
+LONGROPE: dict[str, Any] = {
+    "rope_scaling": "longrope", "rope_context": 300, "block_size": 600, "rope_attention": 1.19,
+    "rope_short": tuple(1 + n / 16 for n in range(8)), "rope_long": tuple(2.0 + n for n in range(8)),
+}  # fmt: skip
+STABLE = {**LLAMA, "norm": "layer", "norm_bias": True, "rotary_dim": 8}
+PHI3 = {**LLAMA, "fused_qkv": True, "fused_gate": True}
+GEMMA = {**LLAMA, "norm": "rms_offset", "mlp": "geglu_tanh", "embed_scale": 8.0, "tie_embeddings": True}
+GRANITE = {
+    **LLAMA, "embed_scale": 1.7, "residual_scale": 0.4, "attention_scale": 0.3, "logit_divisor": 1.5,
+}  # fmt: skip
+NEOX: dict[str, Any] = {
+    **BIASED, "fused_qkv": True, "qkv_layout": "heads", "n_kv_head": 4, "rotary_dim": 8,
+    "block": "parallel_norms",
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {
+    **LLAMA, "qk_norm": True, "n_experts": 5, "n_chosen": 2, "chosen_sum_to_one": True, "n_inner": 32,
+}  # fmt: skip
 BIGCODE = BIASED | {"position": "learned", "fused_qkv": True}
 PHI = BIASED | {"block": "parallel", "head_bias": True, "rotary_dim": 8}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -34,11 +52,37 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi tied linear": ("phi", PHI | {"tie_embeddings": True, "rope_scaling": "linear", "rope_factor": 2.0}),
     "starcoder2": ("starcoder2", BIASED | {"tie_embeddings": True}),
     "starcoder2 window": ("starcoder2", BIASED | {"sliding_window": 60, "rope_theta": 1e5}),
+    "llama yarn": ("llama", LLAMA | YARN),
+    "llama longrope": ("llama", LLAMA | LONGROPE),
     "qwen2": ("qwen2", LLAMA | {"qkv_bias": True}),
+    "qwen2 yarn": ("qwen2", LLAMA | {"qkv_bias": True} | YARN),
     "qwen2 tied window": (
         "qwen2",
         LLAMA | {"qkv_bias": True, "tie_embeddings": True, "sliding_window": 70, "window_layers": (1,)},
     ),
+    "mistral window": ("mistral", LLAMA | {"sliding_window": 70, "head_dim": 24}),
+    "qwen3": ("qwen3", LLAMA | {"qk_norm": True, "head_dim": 32}),
+    "qwen3 tied yarn": ("qwen3", LLAMA | {"qk_norm": True, "tie_embeddings": True} | YARN),
+    "qwen3_moe": ("qwen3_moe", EXPERTS),
+    "qwen3_moe window": ("qwen3_moe", EXPERTS | {"sliding_window": 70, "tie_embeddings": True}),
+    "stablelm": ("stablelm", STABLE),
+    "stablelm parallel": (
+        "stablelm",
+        STABLE | {"block": "parallel", "qkv_bias": True, "tie_embeddings": True},
+    ),
+    "stablelm yarn": ("stablelm", STABLE | YARN),
+    "phi3": ("phi3", PHI3 | {"rotary_dim": 12}),
+    "phi3 longrope": ("phi3", PHI3 | LONGROPE),
+    "phi3 tied window": ("phi3", PHI3 | {"sliding_window": 70, "tie_embeddings": True}),
+    "gemma": ("gemma", GEMMA | {"head_dim": 32}),
+    "smollm3": ("smollm3", LLAMA | {"tie_embeddings": True, "n_layer": 5, "unrotated_layers": (3,)}),
+    "granite": ("granite", GRANITE),
+    "granite tied": (
+        "granite",
+        GRANITE | {"tie_embeddings": True, "attention_scale": 0.25, "mlp_bias": True},
+    ),
+    "gpt_neox": ("gpt_neox", NEOX | {"mlp": "gelu"}),
+    "gpt_neox sequential tied": ("gpt_neox", NEOX | {"block": "sequential", "tie_embeddings": True}),
 }
 
 

@@ -11,7 +11,23 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_models import BIASED, BIGCODE, LLAMA, MODELS, PHI, RULES, SPECIALS, TEXT, model_of, tokenizer_by
+from gguf_models import (
+    BIASED,
+    BIGCODE,
+    EXPERTS,
+    GEMMA,
+    LLAMA,
+    LONGROPE,
+    MODELS,
+    PHI,
+    PHI3,
+    RULES,
+    SPECIALS,
+    TEXT,
+    YARN,
+    model_of,
+    tokenizer_by,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers
@@ -53,15 +69,18 @@ def test_a_file_of_each_family_is_the_model_by_a_second_opinion(
 ) -> None:
     family, settings = MODELS[name]
     model = model_of(settings, SMALL.vocab_size + 3)
-    for file_type in TYPES:
+    kinds = TYPES if name == "llama" else (TYPES[list(MODELS).index(name) % 3],)
+    for file_type in kinds:
         opened = written(model, tmp_path / file_type, file_type, family=family)
         assert opened.values["general.file_type"] == {"f16": 1, "q8_0": 7, "q4_0": 2}[file_type]
         assert opened.tensors["token_embd.weight"].tensor_type.name == (
             "F16" if file_type == "f16" else "Q8_0"
         )
     said = capsys.readouterr()
-    assert said.out.count("settings exactly, weights") == 3
+    assert said.out.count("settings exactly, weights") == len(kinds)
     assert ("no sliding window" in said.err) is ("window" in name)
+    assert ("computes GELU by tanh" in said.err) is (name == "gpt_neox")
+    assert ("a context of 256, in which both" in said.err) is ("longrope" in name)
 
 
 def test_a_model_in_bf16_is_written_as_it_is(tmp_path: Path) -> None:
@@ -259,6 +278,65 @@ def test_a_file_that_is_written_wrong_never_gets_its_name(
     assert not list(tmp_path.iterdir())
 
 
+def reversed_experts(found: dict[str, Any]) -> None:
+    name = "blk.1.ffn_up_exps.weight"
+    first, *rest = (found[name].values, *found[name].others)[::-1]
+    found[name] = found[name]._replace(values=first, others=tuple(rest))
+
+
+def less_one(found: dict[str, Any]) -> None:
+    for name in found:
+        if name.endswith("norm.weight"):
+            found[name] = found[name]._replace(values=found[name].values - 1)
+
+
+def swapped_factors(found: dict[str, Any]) -> None:
+    a, b = (f"rope_factors_{key}.weight" for key in ("short", "long"))
+    found[a], found[b] = found[b], found[a]
+
+
+def other_value(key: str, value: Any) -> Callable[[pytest.MonkeyPatch], None]:
+    right = save_gguf._metadata
+    return lambda patch: patch.setattr(save_gguf, "_metadata", lambda *args: right(*args) | {key: value})
+
+
+WRONG_FAMILIES: dict[str, tuple[str, str, Callable[[pytest.MonkeyPatch], None]]] = {
+    "experts in another order": (
+        "qwen3_moe", r"blocks\.1\.mlp\.experts\.0\.up\.weight as F16", other_tensors(reversed_experts)
+    ),
+    "another number of chosen experts": (
+        "qwen3_moe", "n_chosen", other_value("qwen3moe.expert_used_count", 3)
+    ),
+    "norms without the 1": ("gemma", r"norm\.weight as F32", other_tensors(less_one)),
+    "the lists of longrope exchanged": ("phi3 longrope", "rope_short", other_tensors(swapped_factors)),
+    "longrope without its factor": (
+        "phi3 longrope", "rope_attention", other_value("phi3.rope.scaling.attn_factor", 1.0)
+    ),
+    "a longer context of longrope": ("phi3 longrope", "block_size", other_value("phi3.context_length", 600)),
+    "yarn of another first context": (
+        "llama yarn", "rope_context", other_value("llama.rope.scaling.original_context_length", 64)
+    ),
+    "yarn with a factor twice": (
+        "qwen2 yarn", "rope_attention", other_value("qwen2.rope.scaling.attn_factor", 1.1386)
+    ),
+    "another multiplier": ("granite", "residual_scale", other_value("granite.residual_scale", 0.5)),
+    "blocks in turn": ("gpt_neox", "block", other_value("gptneox.use_parallel_residual", False)),
+    "rows of queries of NeoX as they are": ("gpt_neox", r"attention\.qkv\.weight as F16", other_order),
+    "rows of queries of Granite as they are": ("granite", r"attention\.q\.weight as F16", other_order),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG_FAMILIES)
+def test_what_only_some_families_have_is_compared_too(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sentence, plant = WRONG_FAMILIES[name]
+    plant(monkeypatch)
+    with pytest.raises(Fault, match=f"differs-from-reference: GGUF file, .*{sentence}"):
+        written(model_of(MODELS[model][1], SMALL.vocab_size), tmp_path / "x", family=MODELS[model][0])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_fused_projection_by_heads_is_not_written_as_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,10 +372,26 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Callable[[], Tokenizer]]] = {
         LLAMA | {"rope_scaling": "dynamic", "rope_factor": 2.0},
         lambda: SMALL,
     ),
-    "yarn": (
-        "llama has no model.rope_scaling yarn",
-        LLAMA | {"rope_scaling": "yarn", "rope_factor": 2.0},
+    "yarn without rounding": (
+        "llama has no model.rope_truncate False", LLAMA | YARN | {"rope_truncate": False}, lambda: SMALL
+    ),
+    "longrope that changes where llama.cpp's contexts do not": (
+        r"phi3 has no model.rope_context 90 \(below 256\)",
+        PHI3 | LONGROPE | {"rope_context": 90},
         lambda: SMALL,
+    ),
+    "experts whose shares do not sum to 1": (
+        "qwen3moe has no model.chosen_sum_to_one False",
+        EXPERTS | {"chosen_sum_to_one": False},
+        lambda: SMALL,
+    ),
+    "other layers without rotation": (
+        r"smollm3 has no model.unrotated_layers \[1\]",
+        LLAMA | {"n_layer": 5, "unrotated_layers": (1,)},
+        lambda: SMALL,
+    ),
+    "a head of its own": (
+        "gemma has no model.tie_embeddings False", GEMMA | {"tie_embeddings": False}, lambda: SMALL
     ),
     "llama3 elsewhere": (
         "qwen2 has no model.rope_scaling llama3",

@@ -25,7 +25,13 @@ def server() -> None:
         pytest.skip(f"{SERVER} is not on the PATH")
 
 
-def asked(settings: dict[str, Any], path: Path, kind: str = "f16", tokenizer: Tokenizer = SMALL) -> None:
+def asked(
+    settings: dict[str, Any],
+    path: Path,
+    kind: str = "f16",
+    tokenizer: Tokenizer = SMALL,
+    family: str | None = None,
+) -> None:
     """Write a file and ask llama.cpp alone."""
     model = model_of(settings, tokenizer.vocab_size + 3)
     save_gguf.save_gguf(
@@ -33,6 +39,7 @@ def asked(settings: dict[str, Any], path: Path, kind: str = "f16", tokenizer: To
         tokenizer,
         path,
         kind,
+        family,
         complete=lambda hidden: refuse_other_answers(hidden, model, tokenizer, ()),
     )
 
@@ -42,7 +49,7 @@ def asked(settings: dict[str, Any], path: Path, kind: str = "f16", tokenizer: To
 def test_ids_and_greedy_tokens_are_those_of_the_model(
     name: str, kind: str, tmp_path: Path, capsys: Any
 ) -> None:
-    asked(MODELS[name][1], tmp_path / "x", kind)
+    asked(MODELS[name][1], tmp_path / "x", kind, family=MODELS[name][0])
     equal, n = re.findall(r"chose (\d+) of (\d+) greedy", capsys.readouterr().out)[0]
     assert int(n) - int(equal) <= 3
 

@@ -9,10 +9,11 @@ then every number of every tensor, within the rounding of its type; then each to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -35,6 +36,12 @@ from reference.positions import frequencies
 from tokenizer import Tokenizer
 
 CHUNK = 2**22  # Numbers that are compared at once.
+# Settings that a file has in fp32.
+NUMBERS = (
+    *("norm_eps", "rope_theta", "rope_factor", "rope_beta_fast", "rope_beta_slow"),
+    *("embed_scale", "residual_scale", "attention_scale", "logit_divisor"),
+)
+LISTS = ("rope_short", "rope_long")
 TEXTS = (*JUDGED, Path(__file__).read_text("utf-8"))
 
 _SEQUENTIAL = {"block": "sequential", "qk_norm": False, "head_bias": False, "norm_weight": True}
@@ -54,12 +61,26 @@ MEANT: dict[str, dict[str, Any]] = {
     "phi2": _STARCODER2 | {"block": "parallel", "head_bias": True},
     "starcoder2": _STARCODER2,
     "qwen2": _LLAMA,
+    "qwen3": _LLAMA | {"qk_norm": True},
+    "qwen3moe": _LLAMA | {"qk_norm": True, "chosen_sum_to_one": True},
+    "stablelm": _LLAMA | {"norm": "layer", "norm_bias": True},
+    "phi3": _LLAMA | {"fused_qkv": True, "qkv_layout": "blocks", "fused_gate": True},
+    "gemma": _LLAMA | {"norm": "rms_offset", "mlp": "geglu_tanh"},
+    "smollm3": _LLAMA,
+    "granite": _LLAMA,
+    "gptneox": _STARCODER2 | {"fused_qkv": True, "qkv_layout": "blocks"},
 }
+_PAIRED = ("llama", "smollm3", "granite")  # The architectures whose rotations pair dimensions 2i and 2i + 1.
+_OWN_HEAD = ("phi2", "stablelm", "gptneox")  # Their files have a head even where it is the embedding.
+_SIDE_BY_SIDE = {"stablelm": "parallel", "gptneox": "parallel_norms"}  # Where a key says that they are.
 _NAMES = {
     "embed": "token_embd", "position": "position_embd", "norm": "output_norm", "head": "output",
     "attention_norm": "attn_norm", "mlp_norm": "ffn_norm", "attention.out": "attn_output",
     "attention.qkv": "attn_qkv", "attention.q": "attn_q", "attention.k": "attn_k", "attention.v": "attn_v",
-    "mlp.gate": "ffn_gate", "mlp.up": "ffn_up", "mlp.down": "ffn_down",
+    "attention.q_norm": "attn_q_norm", "attention.k_norm": "attn_k_norm",
+    "mlp.gate": "ffn_gate", "mlp.up": "ffn_up", "mlp.down": "ffn_down", "mlp.gate_up": "ffn_up",
+    "mlp.router": "ffn_gate_inp", "mlp.experts.gate": "ffn_gate_exps", "mlp.experts.up": "ffn_up_exps",
+    "mlp.experts.down": "ffn_down_exps",
 }  # fmt: skip
 
 # The expressions by which llama.cpp cuts text (llama-vocab.cpp), in turn, and whether a word that is a token
@@ -103,6 +124,20 @@ def refuse_other_gguf(
     return judged("GGUF file", compare, allowed)
 
 
+class Place(NamedTuple):
+    """Where a parameter is in a file.
+
+    Args:
+        tensor: The name of the tensor.
+        order: Which row of it each row of the parameter is; None as they are.
+        expert: Which matrix of a tensor with those of all experts.
+    """
+
+    tensor: str
+    order: Tensor | None = None
+    expert: int | None = None
+
+
 class OpenedGguf:
     """A GGUF file, whose tensors are read where they lie.
 
@@ -139,8 +174,7 @@ class OpenedGguf:
             "head_dim": values["attention.key_length"],
             "tie_embeddings": "output.weight" not in self.tensors,
         }
-        rms = fields["norm"] == "rms"
-        fields["norm_eps"] = values[f"attention.layer_norm{'_rms' if rms else ''}_epsilon"]
+        fields["norm_eps"] = values[f"attention.layer_norm{'_rms' * (fields['norm'] != 'layer')}_epsilon"]
         fused = fields["fused_qkv"]
         for key, name in (
             ("qkv_bias", "attn_qkv" if fused else "attn_q"),
@@ -148,45 +182,91 @@ class OpenedGguf:
             ("mlp_bias", "ffn_up"),
         ):
             fields[key] = f"blk.0.{name}.bias" in self.tensors
-        if fields["position"] == "rotary":
-            fields |= {"rotary_dim": values["rope.dimension_count"], "rope_theta": values["rope.freq_base"]}
-            fields["rope_scaling"] = values.get("rope.scaling.type", "none")
-            fields["rope_factor"] = values.get("rope.scaling.factor", 1.0)
-        if self.architecture == "phi2":
+        if self.architecture in _SIDE_BY_SIDE:
+            side_by_side = values["use_parallel_residual"]
+            fields["block"] = _SIDE_BY_SIDE[self.architecture] if side_by_side else "sequential"
+        if self.architecture in _OWN_HEAD:
             fields["tie_embeddings"] = own.tie_embeddings
+        if self.architecture == "gptneox" and own.mlp == "gelu":
+            fields["mlp"] = "gelu"  # A warning says how near tanh's is.
+        if self.architecture == "qwen3moe":
+            fields |= {"n_experts": values["expert_count"], "n_chosen": values["expert_used_count"]}
+            fields["n_inner"] = values["expert_feed_forward_length"]
+        if self.architecture == "gemma":
+            fields["embed_scale"] = math.sqrt(fields["n_embd"])
+        if self.architecture == "smollm3":
+            fields["unrotated_layers"] = tuple(range(3, fields["n_layer"], 4))
+        if self.architecture == "granite":
+            fields |= {
+                "embed_scale": values["embedding_scale"],
+                "residual_scale": values["residual_scale"],
+                "logit_divisor": values["logit_scale"],
+                "attention_scale": values["attention.scale"],
+            }
+        return ModelConfig(**fields | (self._rotation(own) if fields["position"] == "rotary" else {}))
+
+    def _rotation(self, own: ModelConfig) -> dict[str, Any]:
+        """Return the settings of rotary positions; what a tensor should say of `own` is compared later."""
+        values = self.values
+        scaling = {key.rpartition(".")[2]: values[key] for key in values if key.startswith("rope.scaling.")}
+        fields = {"rotary_dim": values["rope.dimension_count"], "rope_theta": values["rope.freq_base"]}
+        fields |= {"rope_scaling": scaling.get("type", "none"), "rope_factor": scaling.get("factor", 1.0)}
+        if fields["rope_scaling"] in ("yarn", "longrope"):
+            fields["rope_context"] = scaling["original_context_length"]
+            fields["rope_attention"] = scaling["attn_factor"]
+        if fields["rope_scaling"] == "yarn":
+            fields |= {f"rope_beta_{end}": scaling[f"yarn_beta_{end}"] for end in ("fast", "slow")}
+            fields["rope_attention"] *= 0.1 * math.log(fields["rope_factor"]) + 1
+        if fields["rope_scaling"] == "longrope":
+            for key in ("short", "long"):
+                fields[f"rope_{key}"] = tuple(self.rows(f"rope_factors_{key}.weight").tolist())
         if "rope_freqs.weight" in self.tensors:
             of_llama3 = ("rope_scaling", "rope_factor", "rope_context", "rope_low_freq", "rope_high_freq")
             fields |= {key: getattr(own, key) for key in of_llama3}
-        return ModelConfig(**fields)
+        return fields
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Return some rows of a tensor in fp64, in the file's order."""
+    def rows(self, name: str, start: int = 0, stop: int | None = None, expert: int | None = None) -> Tensor:
+        """Return some rows of a tensor, or of an expert's part of it, in fp64, in the file's order."""
         tensor = self.tensors[name]
-        kind, data = tensor.tensor_type.name, torch.from_numpy(np.array(tensor.data[start:stop]))
+        stored = tensor.data if expert is None else tensor.data[expert]
+        kind, data = tensor.tensor_type.name, torch.from_numpy(np.array(stored[start:stop]))
         if kind in ("F32", "F16"):
             return data.double()
         decoded = {"Q8_0": q8_0_decoded, "Q4_0": q4_0_decoded}[kind]
-        size = tensor.data.shape[-1] * GGUF_BLOCK // int(tensor.shape[0])
-        return decoded(data.reshape(-1, size)).view(stop - start, -1)
+        size = stored.shape[-1] * GGUF_BLOCK // int(tensor.shape[0])
+        return decoded(data.reshape(-1, size)).view(len(data), -1)
 
-    def place(self, name: str, config: ModelConfig) -> tuple[str, Tensor | None]:
-        """Return the name of a parameter in the file, and which row there each of its rows is."""
+    def place(self, name: str, config: ModelConfig) -> Place:
+        """Return where a parameter is in the file."""
         module, _, kind = name.rpartition(".")
-        layer, inner = "", module
+        layer, inner, expert = "", module, None
         if module.startswith("blocks."):
             _, number, inner = module.split(".", 2)
             layer, inner = f"blk.{number}.", "attention_norm" if inner == "norm" else inner
-        return f"{layer}{_NAMES[inner]}.{kind}", self._order(inner, config)
+        if inner.startswith("mlp.experts."):
+            _, _, which, part = inner.split(".")
+            expert, inner = int(which), f"mlp.experts.{part}"
+        return Place(f"{layer}{_NAMES[inner]}.{kind}", self._order(inner, config), expert)
+
+    def parameter(self, name: str, config: ModelConfig) -> Tensor:
+        """Return a parameter of the model as the file has it, in fp64."""
+        to, order, expert = self.place(name, config)
+        found = self.rows(to, expert=expert)
+        return (found if order is None else found[order]) - self.added(name)
+
+    def added(self, name: str) -> int:
+        """Return what the file adds to every number of a parameter: Gemma has norms of 1 + weight there."""
+        return int(MEANT[self.architecture]["norm"] == "rms_offset" and name.endswith("norm.weight"))
 
     def _order(self, module: str, config: ModelConfig) -> Tensor | None:
         """Return the row of the file for each row of a projection, where they are in another order.
 
-        Llama's file pairs dimension 2i of a head with 2i + 1, the model dimension i with i + half. A fused
-        projection of the file has all queries, then all keys, then all values.
+        The files of Llama and its like pair dimension 2i of a head with 2i + 1, the model dimension i with
+        i + half. A fused projection of the file has all queries, then all keys, then all values.
         """
         heads = {"attention.q": config.n_head, "attention.k": config.n_kv_head}
         width = config.head_dim
-        if self.architecture == "llama" and module in heads:
+        if self.architecture in _PAIRED and module in heads:
             row = torch.arange(heads[module] * width)
             head, at = row // width, row % width
             return head * width + 2 * (at % (width // 2)) + at // (width // 2)
@@ -207,52 +287,72 @@ def _compare_settings(comparison: Comparison, own: ModelConfig, opened: OpenedGg
     weights.
     """
     context = min(own.block_size, own.sliding_window or own.block_size)
-    rounded = {key: float(np.float32(getattr(own, key))) for key in ("norm_eps", "rope_theta", "rope_factor")}
-    own = replace(own, block_size=context, sliding_window=0, window_layers=(), qkv_layout="blocks", **rounded)
+    if own.rope_scaling == "longrope":  # One of both lists in a context that is no longer.
+        context = min(context, own.rope_context // 256 * 256)
+    own = replace(own, block_size=context, sliding_window=0, window_layers=(), qkv_layout="blocks")
     try:
         meant = opened.settings(own)
     except (KeyError, ValueError, TypeError) as error:
         raise Differs("the metadata", f"they cannot be read ({error!r})", REMEDY) from None
+    scale = own.attention_scale
+    if "attention.scale" in opened.values:
+        own = replace(own, attention_scale=scale or own.head_dim**-0.5)
+    own, meant = _in_fp32(own), _in_fp32(meant)
+    if math.isclose(own.rope_attention, meant.rope_attention, rel_tol=8 * STEP32):  # A product of two.
+        meant = replace(meant, rope_attention=own.rope_attention)
     compare_settings(comparison, "the file", own, meant, REMEDY)
     comparison.exact("value_length", opened.values["attention.value_length"], own.head_dim, REMEDY)
+
+
+def _in_fp32(config: ModelConfig) -> ModelConfig:
+    """Return settings whose numbers are those of fp32."""
+    numbers = {key: float(np.float32(getattr(config, key))) for key in NUMBERS}
+    lists = {key: tuple(float(np.float32(n)) for n in getattr(config, key)) for key in LISTS}
+    return replace(config, **numbers | lists)
 
 
 def _compare_weights(comparison: Comparison, model: Decoder, opened: OpenedGguf) -> None:
     """Compare every number of the model with the file's, and that the file has no tensor more."""
     config, weights = model.config, RunWeights(model, model.config, LoraConfig())
     unread = set(opened.tensors)
+    if config.rope_scaling == "longrope":  # They were compared as settings.
+        unread -= {f"rope_factors_{key}.weight" for key in ("short", "long")}
     for name in dict(model.state_dict()):
-        to, order = opened.place(name, config)
+        to, order, expert = opened.place(name, config)
         if name == "head.weight" and config.tie_embeddings and to not in opened.tensors:
             continue
         if to not in opened.tensors:
             raise Differs(name, f"the file has no {to}", REMEDY)
         unread.discard(to)
-        tensor = opened.tensors[to]
         shape = tuple(model.get_parameter(name).shape)
-        comparison.exact(f"{to}, shape", tuple(int(n) for n in tensor.shape[::-1]), shape, REMEDY)
-        _compare_tensor(comparison, weights, opened, name, order)
+        expected = shape if expert is None else (config.n_experts, *shape)
+        comparison.exact(
+            f"{to}, shape", tuple(int(n) for n in opened.tensors[to].shape[::-1]), expected, REMEDY
+        )
+        _compare_tensor(comparison, weights, opened, name, order is not None)
     if "rope_freqs.weight" in unread:
         unread.discard("rope_freqs.weight")
         plain = frequencies(replace(config, rope_scaling="none"), torch.zeros(1, 1))
-        scaled = plain / opened.rows("rope_freqs.weight", 0, config.rotary_dim // 2)
+        scaled = plain / opened.rows("rope_freqs.weight")
         expected = frequencies(config, torch.zeros(1, 1))
         comparison.close("rope_freqs.weight", scaled, expected, 16 * STEP32, REMEDY)
     comparison.exact("tensors that the model does not have", sorted(unread), [], REMEDY)
 
 
 def _compare_tensor(
-    comparison: Comparison, weights: RunWeights, opened: OpenedGguf, name: str, order: Tensor | None
+    comparison: Comparison, weights: RunWeights, opened: OpenedGguf, name: str, ordered: bool
 ) -> None:
     """Compare a tensor number by number; five arguments, the two sides and what of them."""
-    to = opened.place(name, weights.model.config)[0]
-    tensor, kind = opened.tensors[to], opened.tensors[to].tensor_type.name
-    file = None if order is None else opened.rows(to, 0, len(tensor.data))[order]
-    for start, stop in _chunks(len(tensor.data), max(1, tensor.n_elements // len(tensor.data))):
+    to, _, expert = opened.place(name, weights.model.config)
+    kind, added = opened.tensors[to].tensor_type.name, opened.added(name)
+    shape = weights.model.get_parameter(name).shape
+    file = opened.parameter(name, weights.model.config) if ordered else None
+    for start, stop in _chunks(shape[0], math.prod(shape[1:])):
         own = weights.part(name, slice(start, stop)).double().cpu()
-        found = opened.rows(to, start, stop) if file is None else file[start:stop]
-        # Scales and quotients are computed in fp32.
+        found = opened.rows(to, start, stop, expert) - added if file is None else file[start:stop]
+        # Scales and quotients are computed in fp32, and so is what is added.
         allowed = gguf_rounding(own, kind) * (1 + 8 * STEP32) + 8 * STEP32 * own.abs() * (kind[0] == "Q")
+        allowed += STEP32 * (own + added).abs() * added
         beyond = ~((found - own).abs() <= allowed)
         if bool(beyond.any()):
             what = f"{int(beyond.sum())} of {beyond.numel()} numbers are not what the model's round to"
