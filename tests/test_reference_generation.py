@@ -16,13 +16,13 @@ from test_reference_forward import SHAPES
 
 from architecture import Decoder
 from data.documents import Document
-from generation import engine, reading, rows, sampling
+from generation import engine, reading, rows, sampling, text
 from generation.kvcache import KVCache
 from generation.prefixes import PrefixCache
 from generation.rows import LiveRows
 from generation.settings import GenerationConfig
 from guards import subject
-from guards.reference import generation, prompts
+from guards.reference import generation
 from guards.reference.comparison import Comparison, Differs
 from guards.reference.effective import config_of, weights_of
 from reference.generation import Rules, beam_search, chances, draws, interval, nucleus, penalised
@@ -306,20 +306,20 @@ def dropping_more(tokenizer: Tokenizer, ids: list[int]) -> healing.Prompt:
 PROMPTS: dict[str, tuple[str, Fault]] = {
     "another token is allowed": (
         "text of what may end it",
-        lambda patch: patch.setattr(prompts, "healed", with_another),
+        lambda patch: patch.setattr(text, "healed", with_another),
     ),
     "no longer token is known": (
         "could not be chosen|ids of its healed parts",
-        lambda patch: patch.setattr(prompts, "healed", lambda tokenizer, ids: healing.Prompt(ids)),
+        lambda patch: patch.setattr(text, "healed", lambda tokenizer, ids: healing.Prompt(ids)),
     ),
     "what all ends begin with is dropped": (
         "what all its ends begin with stays",
-        lambda patch: patch.setattr(prompts, "healed", dropping_more),
+        lambda patch: patch.setattr(text, "healed", dropping_more),
     ),
     "one token too many is dropped": (
         "ids of its healed parts",
         lambda patch: patch.setattr(
-            prompts,
+            text,
             "healed",
             lambda tokenizer, ids: healing.healed(tokenizer, ids)._replace(
                 ids=healing.healed(tokenizer, ids).ids[:-1]

@@ -324,6 +324,10 @@ def without_last_row(original: Any, self: Batches, step: int) -> Any:
     return rows
 
 
+def without_gaps(tokenizer: CodeTokenizer) -> CodeTokenizer:
+    return CodeTokenizer(tokenizer.heads, tokenizer.tails, tokenizer.plain)
+
+
 FAULTS: dict[str, tuple[str, Callable[[], Any], str]] = {
     "white space is cut off": (
         "files",
@@ -359,6 +363,11 @@ FAULTS: dict[str, tuple[str, Callable[[], Any], str]] = {
             CodeTokenizer, "_of", lambda true, pieces, usual: true(pieces, dict.fromkeys(usual, code.UP))
         ),
         "usual cases of heads",
+    ),
+    "gaps are not saved": (
+        "files",
+        changed(CodeTokenizer, "_save", lambda true, self, to: true(without_gaps(self), to)),
+        "its tokens for gaps",
     ),
     "a tokenizer of another kind": (
         "files",
@@ -397,11 +406,11 @@ FAULTS: dict[str, tuple[str, Callable[[], Any], str]] = {
 
 
 def first_rows(original: Any) -> Any:
-    def wrong(store: Any, batch_size: int, block_size: int, limit: int = 0) -> Iterator[Any]:
+    def wrong(store: Any, batch_size: int, block_size: int, limit: int = 0, *ranks: int) -> Iterator[Any]:
         n_rows = limit and -(-limit // batch_size)
         return (
             batch
-            for i, batch in enumerate(original(store, batch_size, block_size))
+            for i, batch in enumerate(original(store, batch_size, block_size, 0, *ranks))
             if not limit or i < n_rows
         )
 

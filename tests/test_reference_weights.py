@@ -14,12 +14,14 @@ from bare_subjects import bare_subject, decoder
 from decoders import scramble
 from pretrained_folders import change_json
 from test_reference_forward import SHAPES
+from torch import nn
 
 import lora
-from adapters.layers import LowRank
+from adapters.layers import LowRank, TrainableRows
 from config import LoraConfig, TrainConfig
 from guards.reference import forward, said, weights
 from guards.reference.comparison import Comparison, Differs
+from guards.reference.observed import adapter_of
 from modules.nf4 import dequantize_nf4, quantize_nf4
 from modules.quantized_linear import Linear4bit
 from pretrained.save import save_pretrained
@@ -52,7 +54,7 @@ def loaded(base: Path, weight_format: str, settings: dict[str, Any]) -> Any:
     found = base_stored_as(weight_format, str(base), torch.float32, "cpu", None)
     subject = bare_subject(found.model, lora=lora, start="loaded", base_folder=base)
     subject.config = replace(subject.config, train=TrainConfig(base=str(base), base_format=weight_format))  # type: ignore
-    no_tokens: Any = SimpleNamespace()
+    no_tokens: Any = SimpleNamespace(vocab_size=subject.config.model.vocab_size, token_id=int)
     subject.model = starting_model(subject.config, found, no_tokens)
     return subject
 
@@ -185,6 +187,20 @@ def test_a_scale_that_is_applied_twice_is_named(base: Path) -> None:
         weights.compare(subject, Comparison())
     with pytest.raises(Differs, match="block 0"):
         forward.compare(subject, Comparison())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_new_tokens_that_are_tied_otherwise_than_the_tables_are_named(
+    tmp_path: Path, tied: bool
+) -> None:
+    save_pretrained(decoder(**LLAMA, tie_embeddings=tied), None, tmp_path)
+    subject = loaded(tmp_path, "fp32", {"r": 4, "new_tokens": ("3", "5")})
+    weights.compare(subject, Comparison())
+    embed, head = (adapter_of(module)[1] for module in (subject.model.embed, subject.model.head))
+    assert isinstance(embed, TrainableRows) and isinstance(head, TrainableRows)
+    head.rows = nn.Parameter(embed.rows.detach().clone()) if tied else embed.rows
+    with pytest.raises(Differs, match=r"rows of new tokens, one for|rows, memory"):
+        weights.compare(subject, Comparison())
 
 
 def test_the_decoder_of_nf4_agrees_and_its_bound_holds() -> None:

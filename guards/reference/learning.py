@@ -49,7 +49,9 @@ def compare(
     stage, remedy = "size of the tokenizer", f"from {least} ids to tokenizer.vocab_size"
     comparison.exact(stage, size, size if fits else settings.vocab_size, remedy)
     assert isinstance(tokens, Tokens)
-    if isinstance(tokens, ByteLevelTokens):
+    if isinstance(tokens, CodeTokens):
+        comparison.exact("its tokens for gaps", tokens.gaps is not None, True, "each new tokenizer has three")
+    else:
         ids = {character: FIRST_BYTE + number for number, character in enumerate(learning.alphabet())}
         own = {character: tokens.vocabulary.get(character) for character in ids}
         comparison.exact("ids of the bytes", own, ids, "special tokens first, then bytes by their characters")

@@ -20,11 +20,12 @@ from architecture import Decoder
 from generation.engine import Generated, generate_ids
 from generation.rows import rows_of
 from generation.settings import GenerationConfig
+from generation.text import as_prompt
 from guards.reference.comparison import Comparison
 from guards.reference.reader import Reader
 from reference.generation import chances_of_covers
 from reference.tokens import read_tokenizer
-from tokenization.healing import Prompt, healed
+from tokenization.healing import Prompt
 
 CUTS = 12
 SHORT, LONG = 20, 90  # Characters of a prompt; before a cut, and of the text around it.
@@ -104,8 +105,7 @@ def _cut(subject: Generating, tokens: Any, text: str, place: int) -> Cut:
     reach = (n for n in range(1, len(whole)) if len(subject.tokenizer.bytes_of(whole[:n]) or b"") >= end)
     start = subject.tokenizer.prompt_ids("")
     ids = subject.tokenizer.prompt_ids(text[:place])
-    prompt = healed(subject.tokenizer, ids) if subject.tokenizer.heals else Prompt(ids)
-    return Cut(text[:place], prompt, [*start, *whole[: next(reach, len(whole))]])
+    return Cut(text[:place], as_prompt(subject.tokenizer, ids), [*start, *whole[: next(reach, len(whole))]])
 
 
 def covers(prompt: Prompt) -> list[list[int]]:

@@ -301,7 +301,16 @@ def _adapted(subject: GuardSubject, comparison: Comparison, base: PublishedWeigh
         comparison.exact(f"{full}, what trains", _kind(layer), expected, ADAPTED)
         if isinstance(layer, LowRank):
             _low_rank(subject, comparison, base, path, layer)
+    _shared_rows(subject, comparison)
     _what_trains(subject, comparison)
+
+
+def _shared_rows(subject: GuardSubject, comparison: Comparison) -> None:
+    """Compare whether embedding and head train the same rows of new tokens: those that are tied do."""
+    embed, head = (adapter_of(module)[1] for module in (subject.model.embed, subject.model.head))
+    if isinstance(embed, TrainableRows) and isinstance(head, TrainableRows):
+        is_shared, tied = head.rows is embed.rows, subject.config.model.tie_embeddings
+        comparison.exact("rows of new tokens, one for embedding and head", is_shared, tied, ADAPTED)
 
 
 KINDS = {
