@@ -33,8 +33,8 @@ FILE_2 = re.compile(
     r"""^\s*(?:print\s+["'%\w]|print\s*>>|except\s+[\w.]+\s*,\s*\w+\s*:|raise\s+[\w.]+\s*,\s*["'])|\.has_key\(""",
     re.MULTILINE,
 )
-# From Python 3.14 on `except OSError, e:` names two types (PEP 758). A type begins with a capital letter, the name
-# that Python 2 gives a caught exception does not.
+# From Python 3.14 on `except OSError, e:` names two types (PEP 758). Types begin with a capital letter, the names
+# that Python 2 gives to caught exceptions do not.
 CAUGHT_2 = re.compile(r"^\s*except\s+[\w.]+\s*,\s*[a-z_]\w*\s*:", re.MULTILINE)
 
 
