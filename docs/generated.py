@@ -21,9 +21,10 @@ NOTE = "<!-- Made by `python docs/generated.py`: change the code that it reads, 
 def planted() -> dict[str, list[str]]:
     """Return, by the name of a fault, how the self-test plants it."""
     from selftest.planted_faults import PLANTED_FAULTS
+    from selftest.rank_faults import RANK_FAULTS
 
     stories: dict[str, list[str]] = {}
-    for plant in PLANTED_FAULTS:
+    for plant in (*PLANTED_FAULTS, *RANK_FAULTS):
         stories.setdefault(plant.expected, []).append(plant.story)
     return stories
 
@@ -38,7 +39,8 @@ def faults_page() -> str:
         NOTE,
         "[Guards](guards.md) stop a run that has one of these faults, unless `--allow NAME` lets it pass. "
         "What stands after *planted* is how `python preflight.py --selftest` puts the fault into a healthy "
-        "run, to see it caught under this name.",
+        "run, to see it caught under this name; faults of [several processes](ranks.md) are put there by "
+        "`tests/test_rank_guards.py`.",
     ]
     for name, meaning in sorted(FAULTS.items()):
         lines += [f"## {name}", meaning]

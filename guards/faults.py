@@ -37,6 +37,10 @@ FAULTS: dict[str, str] = {
         "The gradient that an update used is larger than `--optimizer.grad_clip`. Clip after unscaling and "
         "before the optimizer steps."
     ),
+    "clip-of-one-rank": (
+        "The processes of a run clip by the norm of a part of the gradient, so that they use other "
+        "gradients, or one that is too small. Clip by the norm of the gradient that all have added up."
+    ),
     "data-out-of-order": (
         "A pass did not read the batch whose turn it was, as when a resumed run begins its data anew. Some "
         "batches then repeat and others are never read. Count batches over all updates, also after "
@@ -55,6 +59,10 @@ FAULTS: dict[str, str] = {
         "A dropout that the settings request drops nothing, drops everything, has another rate, or is in "
         "evaluation mode during an update. Two runs of a sweep over dropout could then be the same run. "
         "Pass the setting to every part, and switch the model to training mode before each update."
+    ),
+    "dropout-seeds-equal": (
+        "Two processes of a run drop the same elements of their rows, which then are less unlike than the "
+        "settings say. Seed each pass by its first row."
     ),
     "end-never-learned": (
         "The end of a document is never a target, so that generation would never stop. Do not mask the end "
@@ -83,6 +91,15 @@ FAULTS: dict[str, str] = {
     "future-visible": (
         "By its gradient, a prediction depends on a later token. Such a model has an excellent loss and "
         "generates nonsense. Check the attention mask and the order of axes (B, T, C)."
+    ),
+    "gradient-averaged-twice": (
+        "The gradient of several processes is a multiple of what it should be: it was divided by their "
+        "number though it is a sum over all targets already, or added up twice. Divide by the targets of all "
+        "processes, and add up once."
+    ),
+    "gradient-not-averaged": (
+        "An update of several processes used a gradient that is not the sum of theirs. Each then trains on "
+        "its own rows, and they are no longer one model. Add up the gradients before the optimizers step."
     ),
     "gradient-not-cleared": (
         "An update began with the gradient of the previous one and added its own to it. Clear the gradients "
@@ -172,9 +189,25 @@ FAULTS: dict[str, str] = {
     "prompt-in-prediction": (
         "A prediction begins with its own prompt, which would be scored with it. Return only the new text."
     ),
+    "ranks-disagree": (
+        "The processes of a run were started with other settings, code or versions. Start all of them "
+        "with the same."
+    ),
+    "ranks-drift": (
+        "The weights are not the same on all processes of a run. Begin with the same weights everywhere, and "
+        "let the optimizers see the same gradients on machines of one kind."
+    ),
+    "ranks-see-same-data": (
+        "Several processes of a run read the same rows, so that an update is of fewer rows than the settings "
+        "say. Let each read its own range."
+    ),
     "row-without-loss": (
         "Rows with text have no target at all. Shorten prompts from their left, never answers from their "
         "right, and mask tokens, not rows."
+    ),
+    "rows-left-out-between-ranks": (
+        "Rows of an update were read by no process of a run, and others in their place. Let the ranges of "
+        "the processes follow one another without a gap."
     ),
     "sampling-not-repeatable": (
         "One seed gave two different texts. Sample from a generator of the seed and the row, not from the "

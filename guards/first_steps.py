@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dataset import IGNORE_INDEX, Batch
 from guards.faults import Fault
+from guards.ranks import RanksWatch, drift
 from guards.subject import GuardSubject
 from modules.dropout import Dropout
 from training.optim import learning_rate_factor
@@ -51,6 +52,7 @@ class FirstSteps:
         self.updates, self.step, self.progress, self.norm = 0, step, progress, 0.0
         self.sizes: dict[int, float] = {}  # By pass its gradient, as a multiple of what it should be.
         self.compared = False
+        self.ranks = RanksWatch(subject) if subject.world.size > 1 else None
         some = min(PASSES, subject.passes)
         self.chosen = {number * (subject.passes - 1) // max(1, some - 1) for number in range(some)}
         self._forget()
@@ -68,6 +70,8 @@ class FirstSteps:
 
     def _forget(self) -> None:
         """Begin anew with what is noted of one update."""
+        if self.ranks is not None:
+            self.ranks.begin()
         self.forwards, self.norm, self.factors = 0, 0.0, set[float]()
         self.stepped = set[int]()  # The ids of optimizers.
         self.read: list[Tensor] = []  # The tokens of each pass.
@@ -82,6 +86,8 @@ class FirstSteps:
         self.undropped |= any(m.p > 0 and not m.training for m in model.modules() if isinstance(m, Dropout))
         if self.updates < WATCHED:
             self.read.append(args[0])
+            if self.ranks is not None:
+                self.ranks.before_pass()
             if self.forwards == 0:
                 self.kept_gradient = any(p.grad is not None and p.grad.any() for p in model.parameters())
         self.forwards += 1
@@ -148,6 +154,8 @@ class FirstSteps:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if self.targets:
             self._compare_sizes()
+        if self.ranks is not None and not self.stepped:
+            self.ranks.before_step()
         self.stepped.add(id(optimizer))
         self.factors |= {g["lr"] / g["initial_lr"] for g in optimizer.param_groups if g["initial_lr"]}
         if self.updates < WATCHED and (self.still or self.frozen):
@@ -186,6 +194,8 @@ class FirstSteps:
                 self.passed.append(fault)
 
     def _faults(self, progress: float) -> Iterator[Fault]:
+        if self.ranks is not None:
+            yield from self.ranks.faults(self.read, self.step)
         yield from self._step_faults()
         yield from self._data_faults()
         yield from self._schedule_faults(progress)
@@ -194,6 +204,7 @@ class FirstSteps:
         if self.updates == WATCHED - 1:
             yield from self._still()
             self.frozen = {}
+            self._leave_ranks()
 
     def _step_faults(self) -> Iterator[Fault]:
         """Yield what is wrong with the clip, the passes, the optimizers and the mode of an update."""
@@ -311,8 +322,24 @@ class FirstSteps:
             self._judge(self._moved(self.updates))
         return len(self.passed) > known
 
+    def compare_weights(self) -> bool:
+        """Judge whether all processes have the same weights; return what `after` does.
+
+        Raises:
+            Fault: They do not.
+        """
+        known = len(self.passed)
+        self._judge(drift(self.subject.world, self.subject.model))
+        return len(self.passed) > known
+
+    def _leave_ranks(self) -> None:
+        if self.ranks is not None:
+            self.ranks.close()
+            self.ranks = None
+
     def close(self) -> None:
         """Take the hooks away."""
+        self._leave_ranks()
         for hook in self.hooks:
             hook.remove()
         self.hooks = []

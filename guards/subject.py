@@ -24,6 +24,7 @@ from guards.faults import Fault
 from modules.precision import Precision
 from modules.quantized_linear import n_weights
 from tokenizer import Tokenizer
+from training.distributed import ALONE, World
 from training.loss import TokenLoss, TokenScores
 from training.random_state import seed_torch
 from training.state import RunState
@@ -67,6 +68,7 @@ class GuardSubject:
     known_ids: int | None = None  # The size of the base's own tokenizer; None without a base.
     base_folder: Path | None = None  # The files of the base, on this machine; None without a base.
     checkpoint: Path | None = None  # The folder that a resumed run goes on from.
+    world: World = ALONE  # The processes that share the run.
 
     @property
     def passes(self) -> int:

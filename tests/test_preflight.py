@@ -28,6 +28,7 @@ from modules.precision import Precision
 from selftest import run as selftest_run
 from selftest.faults import base_moved, clip_stored_only, labels_by
 from selftest.planted_faults import EXAMPLES, PLANTED_FAULTS, TUNED, PlantedFault, merged
+from selftest.rank_faults import RANK_FAULTS
 from selftest.run import outcome, run_planted, selftest, small_config
 from training import beforehand
 from training.begin import train
@@ -81,7 +82,7 @@ def test_a_planted_fault_is_caught_and_its_twin_passes(plant: PlantedFault, twin
 
 
 def test_every_fault_that_a_guard_names_is_planted() -> None:
-    assert {*FAULTS} <= {plant.expected for plant in PLANTED_FAULTS}
+    assert {*FAULTS} <= {plant.expected for plant in (*PLANTED_FAULTS, *RANK_FAULTS)}
 
 
 @pytest.mark.slow

@@ -18,11 +18,13 @@ import yaml
 from architecture import Decoder
 from config import Config, write_atomically
 from config.files import code_fingerprint
+from config.schema import flat
 from config.yamlfile import read_yaml
 from data.run_documents import RunDocuments
 from dataset import PreparedData, fitting_row, micro_batches_of, prepare_data, prepare_tokenizer
 from guards.faults import Fault
 from guards.preflight import preflight, record_overrides
+from guards.ranks import disagreement
 from lora import trainable_table
 from modules.precision import Precision, choose_device, keep_freed_memory, release_freed_memory
 from modules.quantized_linear import n_weights
@@ -104,6 +106,7 @@ def _train_in(
     Of several processes the first does all of it, and hands the others what it has after the fifth step.
     """
     resumes = config.train.resume
+    disagreed = disagreements(config, world)
     print(f"precision: {precision.reason}")
     if world.is_first:
         prepared, fingerprints = prepared_in(folder, config, precision, is_preset)
@@ -122,12 +125,28 @@ def _train_in(
     subject = manager.subject(tokenizer, start, known_ids, None if base is None else base.stored.folder)
     if world.is_first:
         with manager.alone():
-            passed = preflight(subject, config.train.allow)
+            passed = [*disagreed, *preflight(subject, config.train.allow)]
         release_freed_memory()
         write_down(manager, tokenizer, fingerprints, passed)
     world.told(None)  # The guards have looked at the run, and found it as it should be.
     manager.fit(subject, warn=not is_preset)
     return manager
+
+
+def disagreements(config: Config, world: World) -> list[Fault]:
+    """Return in what the processes differ that should be alike, if that is allowed.
+
+    Raises:
+        Fault: It is not.
+    """
+    if world.size == 1:
+        return []
+    known = {"code": code_fingerprint()[:12], "torch": str(torch.__version__)} | flat(config)
+    faults = list(disagreement(world, known))
+    for fault in faults:
+        if fault.name not in config.train.allow:
+            raise fault
+    return faults
 
 
 def prepared_in(

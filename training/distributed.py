@@ -52,7 +52,7 @@ class RankLost(ValueError):
     """Another process has ended, or does not come to what all do together."""
 
 
-@dataclass
+@dataclass(eq=False)
 class World:
     """The processes that train together, seen from one of them; by default it is alone.
 

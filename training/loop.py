@@ -185,6 +185,7 @@ class TrainingManager:
             update_on=self.update_on,
             folder=self.folder,
             checkpoint=None if self.resumed_from is None else self.resumed_from.folder,
+            world=self.world,
         )
 
     # --- the loop ------------------------------------------------------------------------------------
@@ -213,6 +214,8 @@ class TrainingManager:
             signals_noted(self, self.observer.on_second_signal, self.world.is_first),
             training_bar() as bar,
         ):
+            if first_steps.compare_weights():
+                self.record(first_steps)
             ended = False
             while self.goes_on(ended):
                 values = self.update()
@@ -419,6 +422,8 @@ class TrainingManager:
 
     def validate_save_and_compare(self, log: Log, first_steps: DerivedSteps) -> dict[str, float]:
         """Validate and save, and let the guard derive both again; return what is logged."""
+        if first_steps.compare_weights():
+            self.record(first_steps)
         values = self.validate_and_save(log)
         if self.world.is_first and first_steps.after_save(values, is_last=self.progress() >= 1):
             self.record(first_steps)
