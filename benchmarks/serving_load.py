@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,10 +119,10 @@ def cut(text: str, before: str, suffix: str | None) -> str:
     return ending.feed(text) + ending.finish()
 
 
-def start(folder: Path, cache: Path) -> Served:
-    """Start the server, and wait until it listens."""
-    words = ["--model", str(folder), "--port", "0", "--device", "cpu", "--cache", str(cache)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+def start(folder: Path, cache: Path, more: Sequence[str] = (), threads: int = 1) -> Served:
+    """Start the server with more flags, and wait until it listens."""
+    words = ["--model", str(folder), "--port", "0", "--device", "cpu", "--cache", str(cache), *more]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MALLOC_ARENA_MAX": "2"}
     command, log = [sys.executable, str(ROOT / "serve.py"), *words], cache.with_suffix(".log")
     with open(log, "w", encoding="utf-8") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, text=True)
