@@ -83,7 +83,7 @@ def edits(editor: int, has_suffix: bool) -> Iterator[Asked]:
         place = BEFORE
         while place < min(len(text), 2 * BEFORE) - 4 * AFTER:
             place += draw.randrange(1, 5)
-            before, after = text[place - BEFORE : place], text[place:][:AFTER]
+            before, after = text[:place], text[place:][:AFTER]
             asked = {"n_predict": NEW, "temperature": 0, "stream": True, "cache_prompt": True}
             asked |= {"id_slot": editor, "ignore_eos": True}
             if has_suffix:

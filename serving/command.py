@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from architecture import Decoder
 from generation.command import Opened, opened
@@ -17,6 +19,10 @@ from serving.scores import known_scores
 from serving.settings import FORMAT_DIFFERS, ServeConfig
 from tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from serving.service import Service
+
+T = TypeVar("T")
 RUNS = Path("runs")
 MISSING = (
     "{} is not installed; `./plumb serve` installs what serving needs, and so does "
@@ -96,6 +102,50 @@ def listen(settings: ServeConfig) -> socket.socket:
     return listener
 
 
+def apart(work: Callable[[], T]) -> T:
+    """Return what `work` returns, done in a thread that is gone afterwards.
+
+    Each thread that computes has helpers of its own. Where all of them together are more than the processors,
+    OpenMP lets them sleep between two products instead of waiting awake: a step of the engine's thread took
+    1.5 times as long while the main thread, which had opened the model, kept helpers too.
+    """
+    done = Future[T]()
+
+    def run() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    thread = threading.Thread(target=run, daemon=True)  # Ctrl-C does not wait for it.
+    thread.start()
+    found = done.result()
+    thread.join()
+    return found
+
+
+def open_service(
+    settings: ServeConfig, examine: Callable[[ServeConfig, Decoder, Tokenizer, list[str]], None]
+) -> Service:
+    """Open what is served, and begin its engine.
+
+    Raises:
+        ValueError: It cannot be opened.
+    """
+    from serving.adapters import open_with_adapters
+    from serving.service import Service
+
+    adapters = open_with_adapters(settings) if settings.adapters else None
+    found = Opened(adapters.model, adapters.tokenizer) if adapters else opened(settings)
+    model, tokenizer, run = found
+    faults = tuple(name for name in settings.allow if not adapters or name != FORMAT_DIFFERS)
+    examine(replace(settings, allow=faults), model, tokenizer, [])
+    service = Service(model, tokenizer, settings.name or name_of(settings.model), settings, adapters)
+    service.scores[service.name] = known_scores(settings.model, run, settings.held)
+    service.scores |= {name: known_scores(folder) for name, folder in settings.adapters.items()}
+    return service
+
+
 def serve(
     settings: ServeConfig,
     examine: Callable[[ServeConfig, Decoder, Tokenizer, list[str]], None] = lambda *_: None,
@@ -109,17 +159,8 @@ def serve(
     refuse_open_address(settings.host, settings.is_local, token)
     listener = listen(settings)  # A port in use is told before the model is opened.
     settings = settings if settings.model else replace(settings, model=newest_run())
-    from serving.adapters import open_with_adapters
-    from serving.service import Service
-
-    adapters = open_with_adapters(settings) if settings.adapters else None
-    found = Opened(adapters.model, adapters.tokenizer) if adapters else opened(settings)
-    model, tokenizer, run = found
-    faults = tuple(name for name in settings.allow if not adapters or name != FORMAT_DIFFERS)
-    examine(replace(settings, allow=faults), model, tokenizer, [])
-    service = Service(model, tokenizer, settings.name or name_of(settings.model), settings, adapters)
-    service.scores[service.name] = known_scores(settings.model, run, settings.held)
-    service.scores |= {name: known_scores(folder) for name, folder in settings.adapters.items()}
+    service = apart(lambda: open_service(settings, examine))
+    model = service.model
     server = make_server(service, Gate(token, [settings.host, *settings.host_names]), settings)
     host, port = listener.getsockname()[:2]
     scheme = "https" if settings.tls_cert else "http"
@@ -132,7 +173,7 @@ def serve(
         print(f"warning: {told}; give --tls_cert and --tls_key")
     print(f"listening at {scheme}://{shown}:{port}; a page to try it is there; Ctrl-C ends it", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again at its end.
-    if adapters:
+    if settings.adapters:
         signal.signal(signal.SIGHUP, lambda *_: service.read_adapters_later())
     server.run(sockets=[listener])
     service.close()
