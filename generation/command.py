@@ -20,6 +20,7 @@ from modules.quantized_linear import INTEGERS, hold
 from pretrained import load_pretrained
 from tokenization.chat import Message, asked_ids
 from tokenization.healing import Prompt
+from tokenization.turn_end import end_turns
 from tokenizer import Tokenizer
 from training.run import TrainedRun, hold_run, load_run, open_adapted
 
@@ -149,6 +150,7 @@ def write_completions(
     model, tokenizer = open_model(settings)
     examine(settings, model, tokenizer, texts)
     if settings.chat:
+        end_turns(tokenizer)
         prompts = [asked_of(tokenizer, text, settings.system) for text in texts]
     shown = printable if sys.stdout.isatty() else str
 

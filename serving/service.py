@@ -22,6 +22,7 @@ from serving.ending import Ending
 from serving.fields import Refused
 from serving.loop import EngineLoop
 from serving.settings import ALIAS, ServeConfig
+from tokenization.turn_end import end_turns
 from tokenizer import Tokenizer
 
 
@@ -61,6 +62,7 @@ class Service:
                 f"the tokenizer's {tokenizer.vocab_size} words do not fit the model's vocabulary of "
                 f"{model.config.vocab_size}; serve a model with the tokenizer that it was trained with"
             )
+        end_turns(tokenizer)  # Before those of adapters are made of it.
         self.model, self.name, self.settings, self.adapters = model.eval(), name, settings, adapters
         self.variants, self.scores = {name: Variant(tokenizer)}, dict[str, str]()
         if adapters is not None:

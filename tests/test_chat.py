@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+import torch
 import transformers
 from pretrained_folders import LLAMA
 from test_generate_command import trained
@@ -25,6 +26,7 @@ from pretrained import save_pretrained
 from tokenization import chat
 from tokenization.chat import Message, answered_ids, asked_ids, messages_of
 from tokenization.healing import Prompt
+from tokenization.turn_end import turn_end
 from tokenizer import CodeTokenizer, PretrainedTokenizer, load_tokenizer
 
 # Templates of the shapes that published ones have, each with its special tokens, end, start and more.
@@ -252,3 +254,31 @@ def test_generate_answers(tmp_path: Path, capsysbinary: pytest.CaptureFixture[by
             CommandConfig(**asked, **more)
     with pytest.raises(ValueError, match="has no chat template"):
         asked_ids(CodeTokenizer.train(["def f(): pass\n"], 400), messages_of(ASKS))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_token_behind_an_answer_ends_a_turn(tmp_path: Path, shape: str) -> None:
+    tokenizer = opened(folder_of(tmp_path / "t", shape))
+    text = {"qwen": "<|im_end|>", "llama3": "<|eot_id|>", "mistral": "</s>", "phi3": "<|end|>"}[shape]
+    assert turn_end(tokenizer) == (tokenizer.token_id(text), text)
+    for template in ("{{ raise_exception('no') }}", "{{ messages[-1]['content'] }}\n", "<|endoftext|>"):
+        tokenizer.chat_template = template
+        assert turn_end(tokenizer) is None
+
+
+def test_an_answer_ends_with_its_turn_where_no_file_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = opened(folder_of(tmp_path / "t", "phi3"))
+    model = Decoder(replace(LLAMA, vocab_size=tokenizer.vocab_size, block_size=256)).eval()
+    end, prompt = tokenizer.token_id("<|end|>"), asked_ids(tokenizer, (Message("user", "Add."),))
+    assert end is not None
+    with torch.no_grad():  # The likeliest first token becomes the end of the turn.
+        likeliest = int(model(torch.tensor([prompt]))[0, -1].argmax())
+        model.head.weight[[likeliest, end]] = model.head.weight[[end, likeliest]]
+    save_pretrained(model, tokenizer, tmp_path / "m")
+    (tmp_path / "m" / "generation_config.json").unlink()
+    write_completions(CommandConfig(model=str(tmp_path / "m"), prompt=("Add.",), max_new_tokens=8, chat=True))
+    said = capsys.readouterr()
+    assert said.out == "\n" and "\neos, 1 tokens" in "\n" + said.err.split("\n", 1)[1]
+    assert said.err.startswith("answers end with '<|end|>', as the chat template has it")

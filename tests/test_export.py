@@ -20,7 +20,9 @@ from adapters.layers import LowRank
 from config import Config, one_sentence
 from export import main
 from guards.faults import Fault
+from guards.llama_server import as_written
 from guards.preflight import overrides
+from guards.reference.exported_gguf import OpenedGguf
 from lora import adapters_disabled
 from pretrained import load_pretrained, save_adapter
 from training.begin import train
@@ -151,13 +153,28 @@ def test_prompts_and_ends_are_those_of_the_base_and_then_those_of_training(
         assert of_transformers(folder) == started
 
 
-def test_adapters_become_a_file_for_llama_cpp_once_they_are_merged(run: Path, tmp_path: Path) -> None:
-    file = tmp_path / "model.gguf"
+def loss(model: torch.nn.Module, ids: torch.Tensor) -> float:
+    with torch.no_grad():
+        logits = model(ids)[:, :-1].double()
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()))
+
+
+def test_adapters_become_a_file_for_llama_cpp_once_they_are_merged_and_its_loss_is_said(
+    run: Path, config: Config, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="adapters, which a GGUF file does not hold; give --merge too"):
-        export(ExportConfig(run=str(run), gguf=str(file)))
-    said = export(ExportConfig(run=str(run), gguf=str(file), type="q8_0", merge=True))
-    assert "largest logit gap" in said and f"gpt_bigcode model in {file}, q8_0" in said
-    assert [path.name for path in tmp_path.iterdir() if path.suffix == ".gguf"] == ["model.gguf"]
+        export(ExportConfig(run=str(run), gguf=str(tmp_path / "x.gguf")))
+    adapted = load_run(run)
+    ids = torch.tensor(adapted.tokenizer.encode(Path(argparse.__file__).read_text())[: 8 * 64]).view(8, 64)
+    for kind in ("q8_0", "q4_0"):
+        file = tmp_path / f"{kind}.gguf"
+        said = export(ExportConfig(run=str(run), gguf=str(file), type=kind, merge=True))
+        assert "largest logit gap" in said and f"gpt_bigcode model in {file}, {kind}" in said
+        found, change = map(float, re.findall(r"its loss is ([\d.]+) nats a token, ([+-][\d.]+)", said)[0])
+        of_file = as_written(load_pretrained(str(config.train.base)).model, OpenedGguf(file))
+        assert found == pytest.approx(loss(of_file, ids), abs=1e-4)
+        assert found - change == pytest.approx(loss(adapted.model, ids), abs=1e-3)
+    assert sorted(tmp_path.glob("*.gguf")) == [tmp_path / "q4_0.gguf", tmp_path / "q8_0.gguf"]
 
 
 def test_a_merge_that_is_not_what_was_trained_is_refused(run: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -490,6 +491,14 @@ def test_the_command_writes_a_published_folder_as_a_file(
     said = capsys.readouterr().out
     assert f"llama model in {tmp_path / 'x.gguf'}, q8_0, 0.1 MB" in said
     assert f"{llama_server.SERVER} is not on the PATH" in said
+    model, ids = model_of(LLAMA, SMALL.vocab_size), SMALL.encode(Path(export.DEFAULT_TEXT).read_text())
+    prompts = [ids[start : start + 128] for start in range(0, 1024, 128)]
+    before, after = (
+        export.loss_of(one, prompts)
+        for one in (model, llama_server.as_written(copy.deepcopy(model), OpenedGguf(tmp_path / "x.gguf")))
+    )
+    assert f"its loss is {after:.4f} nats a token, {after - before:+.4f} by rounding (1,016 tokens of" in said
+    assert abs(after - before) > 1e-4
     assert OpenedGguf(tmp_path / "x.gguf").values["tokenizer.ggml.add_bos_token"] is True
     for more, sentence in (
         (words, "is there already; name a new file"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from test_chat import folder_of, opened
 from test_serving import SETTINGS, Running, post, running
 
 from generation.settings import GenerationConfig
-from generation.text import generate
+from generation.text import end_ids, generate
 from tokenization.chat import asked_ids, messages_of
 from tokenization.healing import Prompt
 
@@ -59,3 +60,11 @@ def test_an_answer_is_that_of_generate(chatting: Running, sampled: dict[str, Any
 def test_what_is_not_answered_is_told(chatting: Running, more: dict[str, Any], sentence: str) -> None:
     answer = post(chatting, {"messages": ASKED} | more, PATH)
     assert answer.status_code == 400 and sentence in answer.json()["error"]["message"]
+
+
+def test_a_served_answer_ends_with_its_turn(tmp_path: Path) -> None:
+    tokenizer = opened(folder_of(tmp_path, "phi3"))
+    assert tokenizer.eos_ids == ()
+    with running(replace(SETTINGS, end="line"), tokenizer=tokenizer) as found:
+        own = found.service.variants[found.service.name].tokenizer
+        assert end_ids(own, None) == {own.eos_id, own.token_id("<|end|>")}

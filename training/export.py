@@ -58,7 +58,7 @@ def export(settings: ExportConfig) -> str:
     """
     refuse_unknown_faults(settings.allow)
     refuse_place(settings)
-    if settings.merge:
+    if settings.merge or settings.gguf:
         judging_text(settings)
     run = None if settings.run is None else load_run(settings.run, settings.which)
     if run is not None:
@@ -139,21 +139,49 @@ def _adapter(run: TrainedRun, settings: ExportConfig) -> str:
 
 
 def _gguf(model: Decoder, tokenizer: Tokenizer | None, model_type: str | None, settings: ExportConfig) -> str:
-    """Write a file for llama.cpp, and return what was done."""
+    """Write a file for llama.cpp, and return what was done, and what rounding did to the loss."""
     assert settings.gguf is not None
     if tokenizer is None:
         raise ValueError(f"{settings.base} has no tokenizer, without which no program can use a GGUF file")
 
+    prompts, losses = prompts_of(model, tokenizer, settings), []
+
     def complete(path: Path) -> None:
-        from guards.llama_server import refuse_other_answers  # They take gguf, which is optional.
-        from guards.reference.exported_gguf import refuse_other_gguf
+        from guards.llama_server import as_written, refuse_other_answers  # They take gguf, which is optional.
+        from guards.reference.exported_gguf import OpenedGguf, refuse_other_gguf
 
         refuse_other_gguf(path, model, tokenizer, settings.allow)
+        losses.append(loss_of(model, prompts))
+        losses.append(loss_of(as_written(model, OpenedGguf(path)), prompts))
         refuse_other_answers(path, model, tokenizer, settings.allow)
 
     written = save_gguf(model, tokenizer, settings.gguf, settings.type, model_type, complete)
     size = Path(settings.gguf).stat().st_size / 2**20
-    return f"{written.model_type} model in {settings.gguf}, {settings.type}, {size:.1f} MB"
+    (before, after), n = losses, sum(len(ids) - 1 for ids in prompts)
+    return (
+        f"{written.model_type} model in {settings.gguf}, {settings.type}, {size:.1f} MB; its loss is "
+        f"{after:.4f} nats a token, {after - before:+.4f} by rounding ({n:,} tokens of "
+        f"{judging_text(settings)[0].name})"
+    )
+
+
+def prompts_of(model: Decoder, tokenizer: Tokenizer, settings: ExportConfig) -> list[list[int]]:
+    """Return the ids of the text that judges a merge and a rounding, as prompts of equal length."""
+    ids = tokenizer.encode(judging_text(settings)[1])
+    length = min(PROMPT_TOKENS, model.config.block_size)
+    return [ids[start : start + length] for start in range(0, len(ids), length)][:PROMPTS]
+
+
+@torch.no_grad()
+def loss_of(model: Decoder, prompts: list[list[int]]) -> float:
+    """Return the mean negative log-likelihood of a prompt's token after its first, in nats."""
+    device, total, n = next(model.parameters()).device, 0.0, 0
+    for ids in prompts:
+        tokens = torch.tensor([ids], device=device)
+        logits = model(tokens)[0, :-1].float()
+        total += float(torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
+        n += len(ids) - 1
+    return total / max(n, 1)
 
 
 def judging_text(settings: ExportConfig) -> tuple[Path, str]:
@@ -167,10 +195,7 @@ def judging_text(settings: ExportConfig) -> tuple[Path, str]:
 
 def merged(model: Decoder, tokenizer: Tokenizer, settings: ExportConfig) -> str:
     """Merge in place, judged by text; return how it went."""
-    path, text = judging_text(settings)
-    ids = tokenizer.encode(text)
-    length = min(PROMPT_TOKENS, model.config.block_size)
-    prompts = [ids[start : start + length] for start in range(0, len(ids), length)][:PROMPTS]
+    path, prompts = judging_text(settings)[0], prompts_of(model, tokenizer, settings)
     if settings.requantise:
         report, effect = _requantised(model, prompts, settings.tolerance)
         return f"{report} of {path.name}; the adapter itself moves a logit by up to {effect:.2e}; "

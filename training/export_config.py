@@ -24,7 +24,8 @@ class ExportConfig:
         merge: Put the adapters into the weights, which are merged and written in fp32.
         requantise: Round the merged matrices of a base in nf4 to nf4 again, and write all in bf16.
         tolerance: The largest logit gap that a merge may have.
-        text: A file of real text that judges a merge; by default a file of the interpreter's own library.
+        text: A file of real text that judges a merge, and what rounding to `type` does to the loss; by
+            default a file of the interpreter's own library.
         allow: Names of faults that may pass.
         push: Send what was written to this model of the Hugging Face hub, OWNER/NAME; a new one is private.
     """

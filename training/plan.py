@@ -157,12 +157,12 @@ def refuse_too_large(config: Config, model: ModelConfig) -> None:
     dtype = choose_precision(choose_device(config.train.device), config.train.precision).dtype
     weight_format = resolved_format(config.train.base_format, dtype)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = {name: frozen_bytes(model, name) for name in BITS}
+    needed = {name: frozen_bytes(model, name) for name in (*BITS, "int8")}
     if needed[weight_format] > there:
         raise ValueError(
             f"the frozen weights take about {needed[weight_format] / 1e9:.0f} GB as {weight_format}, and "
             f"this machine has {there / 1e9:.0f} GB; as nf4 they take {needed['nf4'] / 1e9:.0f} GB "
-            "(--base_format nf4)"
+            f"(--base_format nf4), as int8, in which models only generate, {needed['int8'] / 1e9:.0f} GB"
         )
 
 
@@ -170,7 +170,8 @@ def frozen_bytes(model: ModelConfig, weight_format: str) -> float:
     """Return about how many bytes the frozen weights of a base take, embedding and head in 16 bits or 32."""
     tables = (1 if model.tie_embeddings else 2) * model.vocab_size * model.n_embd
     blocks = model.n_layer * block_weights(model)
-    return blocks * BITS[weight_format] / 8 + tables * (4 if weight_format == "fp32" else 2)
+    bits = 8.0 if weight_format == "int8" else BITS[weight_format]
+    return blocks * bits / 8 + tables * (4 if weight_format == "fp32" else 2)
 
 
 def shape_of(config: Config) -> tuple[ModelConfig, str | None]:
