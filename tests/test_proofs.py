@@ -223,7 +223,7 @@ def signalled(config: Config, place: str, step: int, numbers: list[int], counts:
 
     loop.TrainingManager.fit = fitting
     loop.save_checkpoint = saving
-    loop.score = hooked(loop.score, "validation")
+    loop.sums_of_batches = hooked(loop.sums_of_batches, "validation")
     tensorfiles.save_file = hooked(save_file, "save")
     try:
         main(config)
