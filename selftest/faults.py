@@ -321,25 +321,24 @@ def part_detached() -> contextlib.AbstractContextManager:
 
 
 def validation_of_its_own() -> contextlib.AbstractContextManager:
-    score = loop.score
+    sums = loop.sums_of_batches
 
     def wrong(model: Decoder, batches: Any, precision: Any) -> Any:
-        return score(model, (b._replace(labels=b.labels.roll(1, 1)) for b in batches), precision)
+        return sums(model, (b._replace(labels=b.labels.roll(1, 1)) for b in batches), precision)
 
-    return patch.object(loop, "score", wrong)
+    return patch.object(loop, "sums_of_batches", wrong)
 
 
 def score_times(factor: float) -> Patch:
     """Return a patch by which validation's sum of nats is wrong by a factor."""
 
     def plant() -> contextlib.AbstractContextManager:
-        right = loop.score
+        right = loop.sums_of_batches
 
         def wrong(*args: Any) -> Any:
-            scores = right(*args)
-            return dataclasses.replace(scores, nats=scores.nats * factor)
+            return [sums._replace(nats=sums.nats * factor) for sums in right(*args)]
 
-        return patch.object(loop, "score", wrong)
+        return patch.object(loop, "sums_of_batches", wrong)
 
     return plant
 

@@ -46,7 +46,7 @@ from training.checkpoint import (
 )
 from training.distributed import ALONE, World, shared_rows
 from training.log import Log, say, show_progress, training_bar
-from training.loss import BatchSums, TokenLoss, TokenScores, score, sums_of_batches, token_loss, total
+from training.loss import BatchSums, TokenLoss, TokenScores, sums_of_batches, token_loss, total
 from training.optim import Muon, build_optimizers, learning_rate_factor, orthogonalise
 from training.random_state import gpu_state, random_states, seed_pass, set_random_states
 from training.reduction import Reduction
@@ -394,21 +394,20 @@ class TrainingManager:
     # --- validation and checkpoints ------------------------------------------------------------------
 
     def validate(self, limit: int = 0) -> TokenScores:
-        """Return the scores of `limit` rows spread evenly over the validation files; 0 reads all of them.
-
-        Several processes share the batches, whose sums are added in the order that one process has.
-        """
+        """Return the scores of `limit` rows spread evenly over the validation files; 0 reads all of them."""
         release_freed_memory()
-        own = self.validation_batches(limit, self.world.rank, self.world.size)
-        by_batch = [tuple(sums) for sums in sums_of_batches(self.model, own, self.eval_precision)]
-        parts = itertools.zip_longest(*self.world.gather(by_batch))
-        scores = total(BatchSums(*sums) for part in parts for sums in part if sums is not None)
+        scores = self.score(self.validation_batches(limit, self.world.rank, self.world.size))
         release_freed_memory()
         return scores
 
     def score(self, batches: Iterable[Batch]) -> TokenScores:
-        """Return the scores of batches in the precision of validation."""
-        return score(self.model, batches, self.eval_precision)
+        """Return the scores of the batches of all processes, in the precision of validation.
+
+        The sums of these are added in the order that one process has.
+        """
+        own = [tuple(sums) for sums in sums_of_batches(self.model, batches, self.eval_precision)]
+        parts = itertools.zip_longest(*self.world.gather(own))
+        return total(BatchSums(*sums) for part in parts for sums in part if sums is not None)
 
     def validation_batches(self, limit: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Yield the batches that `validate` reads, or those of one of several processes."""
@@ -425,8 +424,11 @@ class TrainingManager:
         if first_steps.compare_weights():
             self.record(first_steps)
         values = self.validate_and_save(log)
-        if self.world.is_first and first_steps.after_save(values, is_last=self.progress() >= 1):
-            self.record(first_steps)
+        if self.world.is_first:
+            with self.alone():
+                passed = first_steps.after_save(values, is_last=self.progress() >= 1)
+            if passed:
+                self.record(first_steps)
         self.world.told(None)  # Rank 0 has saved, which may take long.
         return values
 
