@@ -1,6 +1,6 @@
 """Compare loading a model folder with transformers' `from_pretrained`: seconds and memory.
 
-    python benchmarks/loading.py [--layers 24] [--repeats 5] [--folder FOLDER]
+    python benchmarks/loading.py [--layers 24] [--repeats 5] [--folder FOLDER] [--only "fp32 -> bf16" ...]
 
 Random weights at the shape of StarCoderBase-1B (GPTBigCode, multi-query; 1.1B parameters at 24 layers) are
 written once: bf16 in one file, bf16 in shards, fp32. Each load is a process of its own, and the two sides
@@ -151,14 +151,15 @@ def touch(model: torch.nn.Module) -> None:
         flat[:: 4096 // flat.itemsize].sum()
 
 
-def main(folder: Path, layers: int, repeats: int) -> None:
+def main(folder: Path, layers: int, repeats: int, only: list[str]) -> None:
     parameters = write_folders(folder, layers)
     print(f"{parameters:,} parameters, {repeats} processes a side in turn, medians\n")
     columns = "call, s | again, s | again, read, s | again, CPU s | peak, GB | own, GB | of the weights"
     print(f"| file -> model | | {columns} |")
     print("|---|---|---|---|---|---|---|---|---|")
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    for title, (name, dtype) in CASES.items():
+    for title in only:
+        name, dtype = CASES[title]
         size = parameters * getattr(torch, dtype).itemsize
         runs: dict[str, list[dict[str, float]]] = {"ours": [], "transformers": []}
         for _ in range(repeats):
@@ -185,12 +186,13 @@ if __name__ == "__main__":
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where the folders are kept; None: thrown away after")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES), help="some of the loads")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         child(*arguments.child)
     elif arguments.folder:
-        main(arguments.folder, arguments.layers, arguments.repeats)
+        main(arguments.folder, arguments.layers, arguments.repeats, arguments.only)
     else:
         with tempfile.TemporaryDirectory() as temporary:
-            main(Path(temporary), arguments.layers, arguments.repeats)
+            main(Path(temporary), arguments.layers, arguments.repeats, arguments.only)

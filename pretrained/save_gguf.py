@@ -201,11 +201,21 @@ def _metadata(config: ModelConfig, form: GgufFamily, file_type: str, name: str) 
         }
     general: Metadata = {
         "general.type": "model",
-        "general.name": re.sub(r"[^\w .-]", "_", name)[:100],
+        "general.name": _shown(name),
         "general.file_type": FILE_TYPES[file_type],
         "general.quantization_version": 2,
     }
     return general | {f"{form.name}.{key}": value for key, value in of_form.items()}
+
+
+def _shown(name: str) -> str:
+    """Return a file's name as the model's, without what llama.cpp reads in one.
+
+    By `phi-3` and `modern-bert` it would take spaces behind special tokens away, and where a vocabulary has
+    not that model's tokens, refuse the file.
+    """
+    name = re.sub(r"[^\w .-]", "_", name)[:100]
+    return re.sub(r"(?i)(phi|modern)-?(?=3|bert)", r"\1 ", name)
 
 
 def _context(config: ModelConfig, form: GgufFamily) -> int:

@@ -22,6 +22,7 @@ from suites.scoring import SUITES, Example
 from suites.stored import text_of_example
 from suites.task import Given, Task, held_out, nearest_in_training, sampled
 from tokenization.chat import DAY_OF_DATA, ConversationError, many_asked_ids
+from tokenization.turn_end import end_turns
 from tokenizer import Tokenizer
 
 COMPLETION_TOKENS = 512  # The most tokens of a prediction, where --max_new_tokens does not say.
@@ -91,6 +92,7 @@ def asked_examples(
     Raises:
         ValueError: The model's tokenizer has no chat template, or the template refuses.
     """
+    end_turns(tokenizer)
     try:
         asked = many_asked_ids(tokenizer, [d.messages or () for d in documents], DAY_OF_DATA)
     except ConversationError as error:

@@ -25,7 +25,9 @@ from reference.conversations import Spelled, wrong_with
 from reference.text import documents_of_rows
 from reference.tokens import read_tokenizer
 from suites.completing import completion_request
+from suites.pairs import file_task
 from suites.stored import text_of_example
+from suites.task import Given
 from tokenizer import PretrainedTokenizer, load_tokenizer
 
 LONG = ASKS + MORE + [{"role": "assistant", "content": "for i in range(10):\n    pass"}]
@@ -83,6 +85,17 @@ def test_an_answer_is_asked_for_by_its_stored_ids(tmp_path: Path) -> None:
     in_row, n_kept = example_in_row(store, 1, len(ids) - 5, tokenizer)
     assert in_row.tolist() == [ids[0], *ids[6:]] and n_kept == n_prompt - 5
     assert trimmed == [ids[0], *ids[n_prompt - 15 : n_prompt]]
+
+
+def test_a_file_of_conversations_is_a_suite_whose_answers_end_with_their_turns(tmp_path: Path) -> None:
+    tokenizer = opened(folder_of(tmp_path / "t", "phi3"))
+    file = source(tmp_path, ROWS).source
+    examples = file_task(Given(tokenizer, 256, None, 0, 8, file=file)).examples
+    prompts = [LONG[:1], LONG[:3], SYSTEM + ASKS]
+    assert [list(one.ids) for one in examples] == [theirs(tmp_path / "t", one, True) for one in prompts]
+    assert [one.reference for one in examples] == [LONG[1]["content"], LONG[3]["content"], MORE[0]["content"]]
+    ends = completion_request(tokenizer, examples[0], 8, 256).ends
+    assert ends == {tokenizer.eos_id, tokenizer.token_id("<|end|>")}
 
 
 def test_another_template_has_another_store(tmp_path: Path) -> None:

@@ -148,9 +148,17 @@ def test_a_row_without_a_token_gets_a_text_of_its_own(tmp_path: Path) -> None:
     assert opened.values["tokenizer.ggml.tokens"][n:] == [f"[PAD{n + 1}]", f"[PAD{n + 1}]_"]
 
 
-def test_a_name_is_shown_and_not_believed(tmp_path: Path) -> None:
-    opened = written(model_of(LLAMA, SMALL.vocab_size), tmp_path / "a\x1b[31m{% x %}.gguf")
-    assert opened.values["general.name"] == "a__31m__ x __"
+@pytest.mark.parametrize(
+    ("file", "shown"),
+    [
+        ("a\x1b[31m{% x %}.gguf", "a__31m__ x __"),
+        ("my-Phi-3-mini.gguf", "my-Phi 3-mini"),
+        ("phi3.modern-bert.gguf", "phi 3.modern bert"),
+    ],
+)
+def test_a_name_is_shown_and_not_believed(file: str, shown: str, tmp_path: Path) -> None:
+    opened = written(model_of(LLAMA, SMALL.vocab_size), tmp_path / file)
+    assert opened.values["general.name"] == shown
 
 
 # --- the types ------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def asked(
 def test_ids_and_greedy_tokens_are_those_of_the_model(
     name: str, kind: str, tmp_path: Path, capsys: Any
 ) -> None:
-    asked(MODELS[name][1], tmp_path / "x", kind, family=MODELS[name][0])
+    asked(MODELS[name][1], tmp_path / f"{name}.gguf", kind, family=MODELS[name][0])
     equal, n = re.findall(r"chose (\d+) of (\d+) greedy", capsys.readouterr().out)[0]
     assert int(n) - int(equal) <= 3
 
