@@ -22,7 +22,7 @@ from guards.generation import generation
 from guards.labels import labels
 from guards.order import order
 from guards.probe import probe
-from guards.reference import reference
+from guards.reference import reference, shared_updates
 from guards.same_path import same_path
 from guards.settings import settings
 from guards.sizes import sizes
@@ -43,12 +43,19 @@ GUARDS: dict[str, Guard] = {
     "generation": generation,
     "reference": reference,
 }
+# Of a run that several processes share, after the first has passed all of those above.
+TOGETHER: dict[str, Guard] = {"processes": shared_updates}
 # Guards that need not go through every block of a large model.
 BY_BLOCKS = ("probe", "settings", "same path", "generation")
 
 
-def preflight(subject: GuardSubject, allowed: Iterable[str] = ()) -> list[Fault]:
+def preflight(
+    subject: GuardSubject, allowed: Iterable[str] = (), guards: Iterable[str] | None = None
+) -> list[Fault]:
     """Run every guard and print a line for each; return the faults that `allowed` let pass.
+
+    Args:
+        guards: The names of those to run; by default all of GUARDS.
 
     Raises:
         Fault: The first one that is not allowed.
@@ -58,7 +65,7 @@ def preflight(subject: GuardSubject, allowed: Iterable[str] = ()) -> list[Fault]
     device = subject.precision.device
     # The run's own device only: to read the state of another GPU makes a context of CUDA on it, 0.5 GB.
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for name in GUARDS:
+        for name in GUARDS if guards is None else guards:
             passed += run_guard(subject, name, allowed)
     return passed
 
@@ -68,7 +75,7 @@ def run_guard(subject: GuardSubject, name: str, allowed: Collection[str]) -> lis
     started = time.perf_counter()
     passed, said = [], []
     with shortened(subject.model) if name in BY_BLOCKS else contextlib.nullcontext():
-        for finding in GUARDS[name](subject):
+        for finding in (GUARDS | TOGETHER)[name](subject):
             if isinstance(finding, str):
                 said.append(finding)
             elif finding.name in allowed:

@@ -142,5 +142,12 @@ RANK_FAULTS = [
         "dropout-seeds-equal",
         dropped_by_the_update,
     ),
+    PlantedFault(
+        "R9 clipped",
+        "the sum was divided once more, which a clip hid",
+        "differs-from-reference",
+        divided_once_more,
+        {"optimizer": {"grad_clip": 0.01}},
+    ),
     PlantedFault("R8 code", "a process ran other code", "ranks-disagree", other_code),
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import signal
 import sys
@@ -15,17 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ended, on_ranks, shared
-from safetensors.torch import load_file
+from ranks import Ended, changed, last_weights, lines, on_ranks, shared, small_run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import (
     Config,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TokenizerConfig,
-    TrainConfig,
     one_sentence,
     parse_config,
 )
@@ -35,8 +28,9 @@ from training.begin import train
 from training.checkpoint import checkpoints
 from training.command import run_to_its_end
 from training.distributed import World
-from training.loop import Observer, TrainingManager
+from training.loop import TrainingManager
 from training.loss import token_loss
+from training.runfolder import LOCK, claimed_folder
 from training.signals import RESUMABLE_MARK
 from trainingmanager import command_line
 
@@ -45,47 +39,12 @@ pytestmark = pytest.mark.usefixtures("unguarded")
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    """A run of six updates of eight ragged rows, more than an epoch, of a tiny model without dropout."""
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text(
-        "".join(
-            json.dumps({"prompt": f"def f{n}(x):\n    ", "completion": "return x\n" * (n % 9 + 1)}) + "\n"
-            for n in range(90)
-        )
-    )
-    return Config(
-        data=DataConfig(source=str(rows), validation_one_in=6, cache=str(tmp_path / "cache"), workers=1),
-        tokenizer=TokenizerConfig(vocab_size=300, min_count=2),
-        model=ModelConfig(block_size=64, n_layer=2, n_head=2, n_embd=16),
-        optimizer=OptimizerConfig(warmup_steps=2),
-        train=TrainConfig(
-            run=str(tmp_path / "run"),
-            max_steps=6,
-            batch_size=8,
-            validate_every=3,
-            log_every=1,
-            precision="fp32",
-            device="cpu",
-            log=(),
-        ),
-    )
-
-
-def changed(config: Config, **train: Any) -> Config:
-    return replace(config, train=replace(config.train, **train))
+    return small_run(tmp_path)
 
 
 def trained(size: int, config: Config, folder: Path) -> list[Ended]:
     folder.mkdir(exist_ok=True)
     return on_ranks(size, shared(lambda world: train(config, world=world)), folder)
-
-
-def last_weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(checkpoints(run / "checkpoints")[-1].folder / "model.safetensors")
-
-
-def lines(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 # --- one meaning ----------------------------------------------------------------------------------------
@@ -262,21 +221,26 @@ def test_a_process_that_is_killed_or_hangs_is_named(
 # --- the folder -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_run_leaves_a_folder_that_is_free_before_its_first_checkpoint(
-    config: Config, tmp_path: Path
+    config: Config, tmp_path: Path, rank: int
 ) -> None:
     def killed(world: World) -> None:
-        def kill(manager: TrainingManager, values: dict[str, float]) -> bool:
-            os.kill(os.getpid(), signal.SIGKILL)
-            return True
+        update = TrainingManager.update
 
-        train(config, Observer(on_step=kill), world=world)
+        def kill(manager: TrainingManager) -> dict[str, float]:
+            if manager.state.step == 1 and world.rank == rank:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return update(manager)
 
-    assert on_ranks(2, shared(killed), tmp_path)[0].code == -signal.SIGKILL
-    assert (tmp_path / "run" / "metrics.jsonl").exists()
-    assert train(config).state.step == 6
-    steps = [line["step"] for line in lines(tmp_path / "run") if "train/loss" in line]
-    assert steps == [1, 2, 3, 4, 5, 6]
+        TrainingManager.update = kill  # type: ignore[method-assign]
+        train(config, world=world)
+
+    assert on_ranks(2, shared(killed), tmp_path)[rank].code == -signal.SIGKILL
+    run = tmp_path / "run"
+    assert (run / "metrics.jsonl").exists() and not checkpoints(run / "checkpoints")
+    with claimed_folder(config):
+        assert {path.name for path in run.iterdir()} == {LOCK}
 
 
 def test_resume_auto_goes_on_where_there_is_a_checkpoint(

@@ -23,7 +23,7 @@ from config.yamlfile import read_yaml
 from data.run_documents import RunDocuments
 from dataset import PreparedData, fitting_row, micro_batches_of, prepare_data, prepare_tokenizer
 from guards.faults import Fault
-from guards.preflight import preflight, record_overrides
+from guards.preflight import TOGETHER, preflight, record_overrides
 from guards.ranks import disagreement
 from lora import trainable_table
 from modules.precision import Precision, choose_device, keep_freed_memory, release_freed_memory
@@ -123,12 +123,16 @@ def _train_in(
     start = "resumed" if resumes else "fresh" if base is None else "loaded"
     known_ids = None if base is None or base.tokenizer is None else base.tokenizer.vocab_size
     subject = manager.subject(tokenizer, start, known_ids, None if base is None else base.stored.folder)
+    passed = disagreed
     if world.is_first:
         with manager.alone():
-            passed = [*disagreed, *preflight(subject, config.train.allow)]
-        release_freed_memory()
-        write_down(manager, tokenizer, fingerprints, passed)
+            passed += preflight(subject, config.train.allow)
     world.told(None)  # The guards have looked at the run, and found it as it should be.
+    if world.size > 1:
+        passed += preflight(subject, config.train.allow, TOGETHER)
+    release_freed_memory()
+    if world.is_first:
+        write_down(manager, tokenizer, fingerprints, passed)
     manager.fit(subject, warn=not is_preset)
     return manager
 

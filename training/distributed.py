@@ -1,6 +1,6 @@
 """Several processes that train one model together, as torchrun starts them.
 
-    torchrun --standalone --nproc_per_node 4 trainingmanager.py [the same flags]
+    torchrun --standalone --nproc_per_node 4 -- trainingmanager.py [the same flags]
 
 The path of a batch. An update has batch_size * accumulation rows. Each process, a rank, reads its range of
 them (`Batches` in dataset.py), and seeds each pass by the run's seed, the update and the row. The ranks add
@@ -39,6 +39,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from config.console import under_torchrun
+from training.signals import RankLost
 
 T = TypeVar("T")
 
@@ -46,10 +47,6 @@ PATIENCE = 600.0  # Seconds that a rank waits for another in what all do togethe
 GRACE = 5.0  # Seconds in which those that are left say so, before the others are named.
 POLL = 0.02  # Seconds between two looks for what rank 0 tells.
 JOINING = 120.0  # Seconds in which all processes have to come.
-
-
-class RankLost(ValueError):
-    """Another process has ended, or does not come to what all do together."""
 
 
 @dataclass(eq=False)
@@ -75,6 +72,12 @@ class World:
     def sum(self, *numbers: float) -> list[float]:
         """Return the sums of numbers over all ranks; of a rank that is alone the numbers."""
         return self._reduced(numbers, dist.ReduceOp.SUM)
+
+    def sum_of(self, t: Tensor) -> Tensor:
+        """Return the sum of a tensor over all ranks, in its memory."""
+        if self.size > 1:
+            self.together(lambda: dist.all_reduce(t))
+        return t
 
     def largest(self, *numbers: float) -> list[float]:
         """Return the largest of each number over all ranks."""

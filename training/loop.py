@@ -214,8 +214,6 @@ class TrainingManager:
             signals_noted(self, self.observer.on_second_signal, self.world.is_first),
             training_bar() as bar,
         ):
-            if first_steps.compare_weights():
-                self.record(first_steps)
             ended = False
             while self.goes_on(ended):
                 values = self.update()

@@ -22,6 +22,7 @@ from config import SETTINGS, Config, write_atomically
 from config.schema import flat
 from config.setting import REFUSED, WARNED
 from config.yamlfile import read_yaml
+from training.signals import RankLost
 
 LOCK = ".lock"
 # What a run writes before its first checkpoint.
@@ -85,10 +86,15 @@ def _locked(folder: Path) -> Iterator[bool]:
     if found is None:
         raise ValueError(f"{folder} can be neither made nor locked; name another --run")
     file, is_left = found
+    is_lost = False
     try:
         yield is_left
+    except RankLost:
+        is_lost = True
+        raise
     finally:
-        lock.unlink(missing_ok=True)  # Before the lock is given up: see _try_lock.
+        if not is_lost:  # Else the file stays, as when all processes had been killed.
+            lock.unlink(missing_ok=True)  # Before the lock is given up: see _try_lock.
         file.close()
         with contextlib.suppress(OSError):
             folder.rmdir()  # This fails unless the folder is empty.

@@ -1,4 +1,4 @@
-"""Signals that stop a run: the step under way ends, a checkpoint is saved, and the process leaves."""
+"""What stops a run from outside: at a signal the step ends, a checkpoint is saved, and the process leaves."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ RESUMABLE = 75  # Exit code of a run that a signal stopped and that --resume con
 RESUMABLE_MARK = "resumable"  # A file in the folder of such a run, where torchrun would start it again.
 SAME_SIGNAL = 0.1  # Seconds within which a signal that comes twice counts once.
 PASSED_ON = 10.0  # The same under torchrun, which passes on what a terminal or a cluster has sent to all.
+
+
+class RankLost(ValueError):
+    """Another process of the run has ended, or does not come to what all do together."""
 
 
 class Stoppable(Protocol):

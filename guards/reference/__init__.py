@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from guards.faults import Fault
+from guards.ranks import drift
 from guards.reference import dropout, forward, generation, rows, text, updates, weights
 from guards.reference.comparison import Comparison, Differs
 from guards.subject import GuardSubject
@@ -27,9 +28,28 @@ PARTS: dict[str, Callable[[GuardSubject, Comparison], None]] = {
 
 def reference(subject: GuardSubject) -> Iterator[Fault | str]:
     """Compare every part of the run that is about to train with the reference."""
+    yield from _compared(subject, PARTS)
+
+
+def shared_updates(subject: GuardSubject) -> Iterator[Fault | str]:
+    """Compare weights among the processes of a run, and updates that all of them make with the reference.
+
+    Every process calls it.
+    """
+    yield from drift(subject.world, subject.model)
+    name = f"updates of {subject.world.size} processes"
+    yield from _compared(
+        subject,
+        {name: lambda subject, comparison: updates.rehearse_if_small(subject, comparison, subject.world)},
+    )
+
+
+def _compared(
+    subject: GuardSubject, parts: dict[str, Callable[[GuardSubject, Comparison], None]]
+) -> Iterator[Fault | str]:
     comparison = Comparison()
     try:
-        for name, compare in PARTS.items():
+        for name, compare in parts.items():
             comparison.begin(name)
             compare(subject, comparison)
     except Differs as difference:

@@ -7,7 +7,9 @@ gradient, so that each stage is judged alone, and by its own rounding.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import secrets
 
 import numpy as np
 import torch
@@ -15,13 +17,21 @@ import torch
 from dataset import IGNORE_INDEX, Batch
 from guards.faults import Fault
 from guards.first_steps import WATCHED, FirstSteps
+from guards.ranks import RanksWatch
 from guards.reference.comparison import Comparison, Differs
 from guards.reference.gradients import Derived, compare_gradients, compare_unrounded
-from guards.reference.rehearsal import observed, put_back, trainable, with_exercised_weights
+from guards.reference.rehearsal import (
+    ObservedUpdate,
+    observed,
+    put_back,
+    trainable,
+    with_exercised_weights,
+)
 from guards.reference.steps import Steps
 from guards.reference.stored import compare_stored
 from guards.subject import GuardSubject, shortened
 from reference import optimizers, update
+from training.distributed import ALONE, World
 
 UPDATES = 2  # The second one has moments, and gradients that should have been cleared.
 LONGEST_ROW = 12  # Tokens; the other row has about half as many.
@@ -36,11 +46,7 @@ def compare(subject: GuardSubject, comparison: Comparison) -> None:
         compare_scaler(subject, comparison)
         compare_rules(subject, comparison)
         compare_schedule(subject, comparison)
-        if sum(p.numel() for p in trainable(subject.model).values()) > REHEARSED:
-            comparison.leave_out("a rehearsed update", f"more than {REHEARSED:,.0f} parameters train")
-            return
-        with shortened(subject.model):
-            rehearse(subject, comparison)
+        rehearse_if_small(subject, comparison, ALONE)
     except Differs as difference:
         better = named_fault(subject)
         raise better if better is not None else difference from None
@@ -141,19 +147,32 @@ def compare_schedule(subject: GuardSubject, comparison: Comparison) -> None:
 # --- the rehearsal ------------------------------------------------------------------------------------
 
 
-def rehearse(subject: GuardSubject, comparison: Comparison) -> None:
-    """Make two updates in a row, compare every quantity of each, and undo them."""
-    draw = np.random.Generator(np.random.PCG64())
+def rehearse_if_small(subject: GuardSubject, comparison: Comparison, world: World) -> None:
+    """Rehearse as `rehearse` does, if copies of what trains fit beside the run; of large models a part."""
+    if sum(p.numel() for p in trainable(subject.model).values()) > REHEARSED:
+        comparison.leave_out("a rehearsed update", f"more than {REHEARSED:,.0f} parameters train")
+        return
+    with shortened(subject.model):
+        rehearse(subject, comparison, world)
+
+
+def rehearse(subject: GuardSubject, comparison: Comparison, world: World) -> None:
+    """Make two updates in a row, compare every quantity of each, and undo them.
+
+    Args:
+        world: The processes that make them, each on two micro-batches; the reference derives them from all.
+    """
+    draw = np.random.Generator(np.random.PCG64(world.told(secrets.randbits(64))))
     with put_back(subject), with_exercised_weights(subject.model):
         steps = Steps(subject, comparison, draw)
         for number in range(1, UPDATES + 1):
-            batches = [random_batch(subject, draw, short) for short in (False, True)]
+            batches = [random_batch(subject, draw, short) for short in (False, True) * world.size]
             progress = float(draw.uniform(0.1, 0.9))
             expected = Derived(subject, batches)
             if number == 1:
                 compare_unrounded(subject, comparison, expected)
             factor = update.rate_factor(subject.config.optimizer, subject.state.step, progress)
-            found = observed(subject, batches, progress)
+            found = observed_among(world, subject, batches[2 * world.rank :][:2], progress)
             if not found.used and not all(bool(g.isfinite().all()) for g in found.gradients.values()):
                 comparison.leave_out(f"update {number}", "its gradient was not finite")
                 return
@@ -165,6 +184,31 @@ def rehearse(subject: GuardSubject, comparison: Comparison) -> None:
             compare_gradients(subject, comparison, where, found, expected)
             steps.compare_clip(where, found)
             steps.compare_steps(where, found, factor)
+
+
+def observed_among(world: World, subject: GuardSubject, own: list[Batch], progress: float) -> ObservedUpdate:
+    """Observe an update that all processes make, each on its own micro-batches; the gradients are the sums.
+
+    Raises:
+        Fault: What only several processes get wrong, by its name.
+    """
+    if world.size == 1:
+        return observed(subject, own, progress)
+    watch = RanksWatch(subject)
+    hook = subject.optimizers[0].register_step_pre_hook(lambda *_: watch.before_step())
+    try:
+        found = observed(subject, own, progress)
+    finally:
+        hook.remove()
+        watch.close()
+    for fault in watch.found:
+        raise fault
+    own_gradients = found.gradients
+    sums = {
+        name: world.sum_of(own_gradients.get(name, torch.zeros_like(p, dtype=torch.float64)))
+        for name, p in trainable(subject.model).items()
+    }
+    return dataclasses.replace(found, gradients=sums)
 
 
 def random_batch(subject: GuardSubject, draw: np.random.Generator, short: bool) -> Batch:
