@@ -131,7 +131,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any], str]] = {
         blocked,
         "kept",
         by_rows,
-        "attention dropout, difference of (rows|two draws)",
+        "attention dropout, difference of (neighbouring )?(rows|columns|two draws)",
     ),
     "adapter: every mask is the same": (products, "kept", same_seed, "dropout of the adapter"),
     "adapter: the mask of another seed": (
