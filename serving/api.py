@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from starlette.types import Message, Receive, Scope, Send
 from config.console import one_line
 from serving.asking import Answer
 from serving.chat import Chat
-from serving.fields import Refused, parse_body, text
+from serving.fields import Body, Refused, parse_body
 from serving.gate import Gate
 from serving.llamacpp import Completion, Infill
 from serving.metrics import Metrics
@@ -136,7 +136,7 @@ class Exchange:
         self.events: asyncio.Queue[Event | None] = asyncio.Queue()
         self.answer: Answer | None = None
 
-    async def run(self, body: Mapping[str, Any], receive: Receive) -> Response | AsyncIterator[bytes]:
+    async def run(self, body: Body, receive: Receive) -> Response | AsyncIterator[bytes]:
         """Begin; returns the whole answer, or the parts of a stream."""
         model = self.service.known_model(self.protocol.model(body))
         try:
@@ -296,7 +296,7 @@ class Server:
 
     async def _events(self, request: Request) -> Response:
         """Count what became of a completion, which Tabby's clients tell."""
-        kind = text(parse_body(await self._body(request)), "type")
+        kind = parse_body(await self._body(request)).text("type")
         if kind in EVENTS:
             self.metrics.events.labels(kind).inc()
         return Json({})

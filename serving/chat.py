@@ -6,7 +6,7 @@ from typing import Any
 
 from generation.settings import GenerationConfig
 from serving.asking import Answer, Asked
-from serving.fields import Body, inner, number, refuse_given, sampling, stops, switch, whole, wrong
+from serving.fields import Body, sampling, wrong
 from serving.openai import OpenAI, finish_reason, seed_of, usage
 from serving.settings import ServeConfig
 from tokenization.chat import messages_of
@@ -49,18 +49,18 @@ class Chat(OpenAI):
             )
         except ValueError as error:
             wrong("messages", f"cannot be read: {error}")
-        refuse_given(body, **NOT_BUILT)
+        body.refuse_given(**NOT_BUILT)
         name = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
-        n_new = whole(body, name, limits.most_tokens, 1, limits.most_tokens)
-        chosen = sampling(number(body, "temperature", 1.0, 0.0, 100.0), number(body, "top_p", 1.0, 0.0, 1.0))
-        settings = GenerationConfig(max_new_tokens=n_new, stop=stops(body), seed=seed_of(body), **chosen)
+        n_new = body.whole(name, limits.most_tokens, 1, limits.most_tokens)
+        chosen = sampling(body.number("temperature", 1.0, 0.0, 100.0), body.number("top_p", 1.0, 0.0, 1.0))
+        settings = GenerationConfig(max_new_tokens=n_new, stop=body.stops(), seed=seed_of(body), **chosen)
         return Asked(
             (messages,),
             settings,
-            n=whole(body, "n", 1, 1, limits.most_choices),
+            n=body.whole("n", 1, 1, limits.most_choices),
             n_new=n_new,
-            stream=switch(body, "stream"),
-            usage=switch(inner(body, "stream_options"), "include_usage"),
+            stream=body.switch("stream"),
+            usage=body.inner("stream_options").switch("include_usage"),
         )
 
     def whole(self, answer: Answer, tokenizer: Tokenizer) -> Any:

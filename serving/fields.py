@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
-Body = Mapping[str, Any]
 MOST_STOPS, LONGEST_STOP = 32, 256
 GREEDY_BELOW = 1e-3  # A lower temperature takes the likeliest token, as clients that send it mean.
 
@@ -31,8 +29,8 @@ def wrong(field: str, sentence: str) -> NoReturn:
     raise Refused(400, f"{field} {sentence}", field)
 
 
-def parse_body(data: bytes) -> dict[str, Any]:
-    """Return the JSON object of a body.
+def parse_body(data: bytes) -> Body:
+    """Return the JSON object of a request.
 
     Raises:
         Refused: It is no UTF-8, no JSON, nested too deeply, or no object.
@@ -48,84 +46,79 @@ def parse_body(data: bytes) -> dict[str, Any]:
         raise Refused(400, told) from None
     if not isinstance(body, dict):
         raise Refused(400, "the body is JSON, but no object")
-    return body
+    return Body(body)
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(name)
 
 
-def number(body: Body, field: str, default: float, least: float, most: float = math.inf) -> float:
-    """Return a number between two others, the default where it is absent or null."""
-    value = body.get(field)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        wrong(field, "must be a number")
-    if not least <= value <= most:
-        known = f"from {least:g} to {most:g}" if most < math.inf else f"at least {least:g}"
-        wrong(field, f"must be {known}")
-    return float(value)
+class Body(dict[str, Any]):
+    """The object of a request, or one inside of it; a field that is absent or null has its default."""
 
+    def number(self, field: str, default: float, least: float, most: float = math.inf) -> float:
+        """Return a number between two others."""
+        value = self.get(field)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            wrong(field, "must be a number")
+        if not least <= value <= most:
+            known = f"from {least:g} to {most:g}" if most < math.inf else f"at least {least:g}"
+            wrong(field, f"must be {known}")
+        return float(value)
 
-def whole(body: Body, field: str, default: int, least: int, most: int) -> int:
-    """Return a whole number between two others, the default where it is absent or null."""
-    value = body.get(field)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int):
-        wrong(field, "must be a whole number")
-    if not least <= value <= most:
-        wrong(field, f"must be from {least} to {most}")
-    return value
+    def whole(self, field: str, default: int, least: int, most: int) -> int:
+        """Return a whole number between two others."""
+        value = self.get(field)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int):
+            wrong(field, "must be a whole number")
+        if not least <= value <= most:
+            wrong(field, f"must be from {least} to {most}")
+        return value
 
+    def switch(self, field: str, default: bool = False) -> bool:
+        """Return true or false."""
+        value = self.get(field)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            wrong(field, "must be true or false")
+        return value
 
-def switch(body: Body, field: str, default: bool = False) -> bool:
-    """Return true or false, the default where it is absent or null."""
-    value = body.get(field)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        wrong(field, "must be true or false")
-    return value
+    def text(self, field: str) -> str | None:
+        """Return a text, or None."""
+        value = self.get(field)
+        if value is not None and not isinstance(value, str):
+            wrong(field, "must be a text")
+        return value
 
+    def inner(self, field: str) -> Self:
+        """Return an object inside of the body, an empty one where there is none."""
+        value = self.get(field)
+        if value is not None and not isinstance(value, dict):
+            wrong(field, "must be an object")
+        return type(self)(value or {})
 
-def text(body: Body, field: str, default: str | None = None) -> str | None:
-    """Return a text, the default where it is absent or null."""
-    value = body.get(field)
-    if value is None:
-        return default
-    if not isinstance(value, str):
-        wrong(field, "must be a text")
-    return value
+    def stops(self) -> tuple[str, ...]:
+        """Return the strings that end a text: one, or a list."""
+        value = self.get("stop")
+        found = [] if value is None else [value] if isinstance(value, str) else value
+        if not isinstance(found, list) or not all(isinstance(one, str) and one for one in found):
+            wrong("stop", "must be a text, or a list of texts, none of them empty")
+        if len(found) > MOST_STOPS or any(len(one) > LONGEST_STOP for one in found):
+            wrong("stop", f"must be at most {MOST_STOPS} texts of at most {LONGEST_STOP} characters")
+        return tuple(found)
 
-
-def inner(body: Body, field: str) -> dict[str, Any]:
-    """Return an object inside of the body, an empty one where it is absent or null."""
-    value = body.get(field)
-    if value is not None and not isinstance(value, dict):
-        wrong(field, "must be an object")
-    return value or {}
-
-
-def stops(body: Body, field: str = "stop") -> tuple[str, ...]:
-    """Return the strings that end a text: one, or a list."""
-    value = body.get(field)
-    found = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(found, list) or not all(isinstance(one, str) and one for one in found):
-        wrong(field, "must be a text, or a list of texts, none of them empty")
-    if len(found) > MOST_STOPS or any(len(one) > LONGEST_STOP for one in found):
-        wrong(field, f"must be at most {MOST_STOPS} texts of at most {LONGEST_STOP} characters")
-    return tuple(found)
-
-
-def refuse_given(body: Body, **off: Any) -> None:
-    """Refuse fields that are not built, unless they have the value by which they do nothing."""
-    for field, value in off.items():
-        if body.get(field) not in (None, value, [], {}):
-            wrong(field, "is not built; leave it out")
+    def refuse_given(self, **off: Any) -> None:
+        """Refuse fields that are not built, unless they have the value by which they do nothing."""
+        for field, value in off.items():
+            if self.get(field) not in (None, value, [], {}):
+                wrong(field, "is not built; leave it out")
 
 
 def sampling(

@@ -8,7 +8,7 @@ from typing import Any
 from data.context import commented
 from generation.settings import GenerationConfig
 from serving.asking import Answer, Asked
-from serving.fields import Body, Refused, number, refuse_given, sampling, stops, switch, text, whole, wrong
+from serving.fields import Body, Refused, sampling, wrong
 from serving.openai import prompts_of, seed_of
 from serving.protocol import Protocol
 from serving.settings import ServeConfig
@@ -25,11 +25,11 @@ def choosing(body: Body) -> dict[str, Any]:
     samplers = body.get("samplers")
     greedy = isinstance(samplers, list) and "infill" in samplers
     return sampling(
-        0.0 if greedy else number(body, "temperature", 0.8, -1.0, 100.0),
-        number(body, "top_p", 0.95, 0.0, 1.0),
-        whole(body, "top_k", 40, -1, 2**31),
-        number(body, "min_p", 0.05, 0.0, 1.0),
-        repetition_penalty=number(body, "repeat_penalty", 1.0, 0.01, 100.0),
+        0.0 if greedy else body.number("temperature", 0.8, -1.0, 100.0),
+        body.number("top_p", 0.95, 0.0, 1.0),
+        body.whole("top_k", 40, -1, 2**31),
+        body.number("min_p", 0.05, 0.0, 1.0),
+        repetition_penalty=body.number("repeat_penalty", 1.0, 0.01, 100.0),
     )
 
 
@@ -45,25 +45,25 @@ class Completion(Protocol):
     ) -> Asked:
         if len(prompts) > 1:
             wrong("prompt", "must be one text here; send several to /v1/completions")
-        refuse_given(body, n_probs=0, n_cmpl=1, grammar="", json_schema=None, lora=None, logit_bias=None)
-        refuse_given(body, presence_penalty=0, frequency_penalty=0, mirostat=0)
-        n_new = whole(body, "n_predict", -1, -2, 2**31)
+        body.refuse_given(n_probs=0, n_cmpl=1, grammar="", json_schema=None, lora=None, logit_bias=None)
+        body.refuse_given(presence_penalty=0, frequency_penalty=0, mirostat=0)
+        n_new = body.whole("n_predict", -1, -2, 2**31)
         n_new = limits.most_tokens if n_new < 0 else min(n_new, limits.most_tokens)
-        seed = seed_of(body) if body.get("seed") not in (None, -1, 2**32 - 1) else seed_of({})
+        seed = seed_of(body) if body.get("seed") not in (None, -1, 2**32 - 1) else seed_of(Body())
         settings = GenerationConfig(
-            max_new_tokens=max(n_new, 1), stop=stops(body), seed=seed, **choosing(body)
+            max_new_tokens=max(n_new, 1), stop=body.stops(), seed=seed, **choosing(body)
         )
         wanted = body.get("response_fields") or []
         if not isinstance(wanted, list) or not all(isinstance(one, str) for one in wanted):
             wrong("response_fields", "must be a list of names")
-        slot = whole(body, "id_slot", -1, -1, 2**31)
-        milliseconds = number(body, "t_max_predict_ms", 0.0, -1.0, 1e9)
+        slot = body.whole("id_slot", -1, -1, 2**31)
+        milliseconds = body.number("t_max_predict_ms", 0.0, -1.0, 1e9)
         return Asked(
             prompts,
             settings,
             suffix,
             n_new=n_new,
-            stream=switch(body, "stream"),
+            stream=body.switch("stream"),
             seconds=milliseconds / 1000 if milliseconds > 0 else None,
             editor="" if slot < 0 else f"slot {slot}",
             fields=tuple(wanted),
@@ -117,14 +117,14 @@ class Infill(Completion):
 
     def asked(self, body: Body, limits: ServeConfig) -> Asked:
         """Read a request; pieces of other files stand before the prefix as comments."""
-        prefix = (text(body, "input_prefix") or "") + (text(body, "prompt") or "")
-        suffix = text(body, "input_suffix") or ""
+        prefix = (body.text("input_prefix") or "") + (body.text("prompt") or "")
+        suffix = body.text("input_suffix") or ""
         extra = body.get("input_extra") or []
         if not isinstance(extra, list) or not all(isinstance(one, dict) for one in extra):
             wrong("input_extra", "must be a list of objects with filename and text")
         if len(extra) > MOST_EXTRA:
             wrong("input_extra", f"has {len(extra)} pieces, and a request may have {MOST_EXTRA}")
-        pieces = [(text(one, "filename") or "", text(one, "text") or "") for one in extra]
+        pieces = [(one.text("filename") or "", one.text("text") or "") for one in map(Body, extra)]
         return self._asked(body, limits, (commented(pieces) + prefix,), suffix)
 
 

@@ -9,19 +9,7 @@ from typing import Any
 from generation.settings import GenerationConfig
 from generation.text import CONTEXT, added_text
 from serving.asking import Answer, Asked, token_pieces
-from serving.fields import (
-    Body,
-    Refused,
-    inner,
-    number,
-    refuse_given,
-    sampling,
-    stops,
-    switch,
-    text,
-    whole,
-    wrong,
-)
+from serving.fields import Body, Refused, sampling, wrong
 from serving.protocol import Protocol
 from serving.settings import ServeConfig
 from tokenizer import Tokenizer
@@ -37,7 +25,7 @@ def finish_reason(reason: str) -> str:
 
 def seed_of(body: Body) -> int:
     """Return the seed of a request, or one that nobody knows."""
-    return whole(body, "seed", secrets.randbelow(2**31), -(2**63), 2**63 - 1) % 2**63
+    return body.whole("seed", secrets.randbelow(2**31), -(2**63), 2**63 - 1) % 2**63
 
 
 def prompts_of(body: Body) -> tuple[str | list[int], ...]:
@@ -60,30 +48,30 @@ class OpenAI(Protocol):
 
     def asked(self, body: Body, limits: ServeConfig) -> Asked:
         """Read a request; what is absent is as OpenAI means it."""
-        prompts, n = prompts_of(body), whole(body, "n", 1, 1, limits.most_choices)
+        prompts, n = prompts_of(body), body.whole("n", 1, 1, limits.most_choices)
         if len(prompts) * n > limits.most_choices:
             wrong("n", f"asks for {len(prompts) * n} texts, and a request may have {limits.most_choices}")
-        refuse_given(body, logit_bias=None, presence_penalty=0, frequency_penalty=0)
-        if whole(body, "best_of", n, 1, limits.most_choices) != n:
+        body.refuse_given(logit_bias=None, presence_penalty=0, frequency_penalty=0)
+        if body.whole("best_of", n, 1, limits.most_choices) != n:
             wrong("best_of", "must equal n: the server does not rank texts")
-        stream, echo = switch(body, "stream"), switch(body, "echo")
+        stream, echo = body.switch("stream"), body.switch("echo")
         logprobs = (
-            None if body.get("logprobs") in (None, False) else whole(body, "logprobs", 0, 0, MOST_LOGPROBS)
+            None if body.get("logprobs") in (None, False) else body.whole("logprobs", 0, 0, MOST_LOGPROBS)
         )
-        n_new = whole(body, "max_tokens", 16, 0, limits.most_tokens)
-        suffix = text(body, "suffix")
+        n_new = body.whole("max_tokens", 16, 0, limits.most_tokens)
+        suffix = body.text("suffix")
         if suffix is not None and echo:
             wrong("echo", "does not go with suffix; leave one of them out")
         if stream and echo:
             wrong("stream", "does not go with echo; set one of them to false")
         if not n_new and n > 1:
             wrong("n", "must be 1 where max_tokens is 0: nothing is written")
-        chosen = sampling(number(body, "temperature", 1.0, 0.0, 100.0), number(body, "top_p", 1.0, 0.0, 1.0))
+        chosen = sampling(body.number("temperature", 1.0, 0.0, 100.0), body.number("top_p", 1.0, 0.0, 1.0))
         settings = GenerationConfig(
-            max_new_tokens=max(n_new, 1), stop=stops(body), seed=seed_of(body), **chosen
+            max_new_tokens=max(n_new, 1), stop=body.stops(), seed=seed_of(body), **chosen
         )
-        usage = switch(inner(body, "stream_options"), "include_usage")
-        editor = text(body, "user") or ""
+        usage = body.inner("stream_options").switch("include_usage")
+        editor = body.text("user") or ""
         return Asked(prompts, settings, suffix, n, n_new, logprobs, echo, stream, usage, editor=editor)
 
     def whole(self, answer: Answer, tokenizer: Tokenizer) -> Any:

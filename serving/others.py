@@ -8,19 +8,7 @@ from typing import Any
 
 from generation.settings import GenerationConfig
 from serving.asking import Answer, Asked
-from serving.fields import (
-    Body,
-    Refused,
-    inner,
-    number,
-    refuse_given,
-    sampling,
-    stops,
-    switch,
-    text,
-    whole,
-    wrong,
-)
+from serving.fields import Body, Refused, sampling, wrong
 from serving.openai import OpenAI, finish_reason, seed_of, usage
 from serving.protocol import Protocol, compact
 from serving.settings import ServeConfig
@@ -29,7 +17,7 @@ from tokenizer import Tokenizer
 
 def one_text(body: Body, field: str) -> str:
     """Return a text that has to be there."""
-    value = text(body, field)
+    value = body.text(field)
     return value if value is not None else wrong(field, "is missing; it must be a text")
 
 
@@ -38,12 +26,12 @@ class Mistral(Protocol):
 
     def asked(self, body: Body, limits: ServeConfig) -> Asked:
         """Read a request. What is absent: temperature 0.3 as of Codestral, and all tokens that may be."""
-        refuse_given(body, min_tokens=0)
-        n_new = whole(body, "max_tokens", limits.most_tokens, 0, limits.most_tokens)
-        chosen = sampling(number(body, "temperature", 0.3, 0.0, 100.0), number(body, "top_p", 1.0, 0.0, 1.0))
-        seed = seed_of({"seed": body.get("random_seed")})
-        settings = GenerationConfig(max_new_tokens=max(n_new, 1), stop=stops(body), seed=seed, **chosen)
-        suffix, stream = text(body, "suffix"), switch(body, "stream")
+        body.refuse_given(min_tokens=0)
+        n_new = body.whole("max_tokens", limits.most_tokens, 0, limits.most_tokens)
+        chosen = sampling(body.number("temperature", 0.3, 0.0, 100.0), body.number("top_p", 1.0, 0.0, 1.0))
+        seed = seed_of(Body(seed=body.get("random_seed")))
+        settings = GenerationConfig(max_new_tokens=max(n_new, 1), stop=body.stops(), seed=seed, **chosen)
+        suffix, stream = body.text("suffix"), body.switch("stream")
         return Asked((one_text(body, "prompt"),), settings, suffix, n_new=n_new, stream=stream, usage=True)
 
     def whole(self, answer: Answer, tokenizer: Tokenizer) -> Any:
@@ -80,24 +68,24 @@ class Ollama(Protocol):
 
     def asked(self, body: Body, limits: ServeConfig) -> Asked:
         """Read a request; what is absent is as Ollama means it, but for its repeat_penalty, which is none."""
-        refuse_given(body, system="", template="", context=None, images=None, format="")
-        own = inner(body, "options")
-        n_new = whole(own, "num_predict", -1, -2, 2**31)
+        body.refuse_given(system="", template="", context=None, images=None, format="")
+        own = body.inner("options")
+        n_new = own.whole("num_predict", -1, -2, 2**31)
         n_new = limits.most_tokens if n_new < 0 else min(n_new, limits.most_tokens)
-        prompt, suffix = text(body, "prompt") or "", text(body, "suffix") or None
+        prompt, suffix = body.text("prompt") or "", body.text("suffix") or None
         chosen = sampling(
-            number(own, "temperature", 0.8, 0.0, 100.0),
-            number(own, "top_p", 0.9, 0.0, 1.0),
-            whole(own, "top_k", 40, -1, 2**31),
-            number(own, "min_p", 0.0, 0.0, 1.0),
-            repetition_penalty=number(own, "repeat_penalty", 1.0, 0.01, 100.0),
+            own.number("temperature", 0.8, 0.0, 100.0),
+            own.number("top_p", 0.9, 0.0, 1.0),
+            own.whole("top_k", 40, -1, 2**31),
+            own.number("min_p", 0.0, 0.0, 1.0),
+            repetition_penalty=own.number("repeat_penalty", 1.0, 0.01, 100.0),
         )
         if not prompt and suffix is None:
             n_new = 0  # By such a request a client has the model opened.
         settings = GenerationConfig(
-            max_new_tokens=max(n_new, 1), stop=stops(own), seed=seed_of(own), **chosen
+            max_new_tokens=max(n_new, 1), stop=own.stops(), seed=seed_of(own), **chosen
         )
-        return Asked((prompt,), settings, suffix, n_new=n_new, stream=switch(body, "stream", True))
+        return Asked((prompt,), settings, suffix, n_new=n_new, stream=body.switch("stream", True))
 
     def whole(self, answer: Answer, tokenizer: Tokenizer) -> Any:
         """Return the object of the text."""
@@ -154,22 +142,22 @@ class TGI(Protocol):
 
     def asked(self, body: Body, limits: ServeConfig) -> Asked:
         """Read a request. It samples where do_sample or another temperature, top_p or top_k says so."""
-        own = inner(body, "parameters")
-        refuse_given(own, best_of=1, typical_p=1, frequency_penalty=0, grammar=None, watermark=False)
-        n_new = whole(own, "max_new_tokens", 100, 0, limits.most_tokens)
-        temperature, top_p = number(own, "temperature", 1.0, 0.0, 100.0), number(own, "top_p", 1.0, 0.0, 1.0)
-        top_k = whole(own, "top_k", 0, 0, 2**31)
-        sampled = switch(own, "do_sample") or temperature != 1 or top_p < 1 or top_k > 0
+        own = body.inner("parameters")
+        own.refuse_given(best_of=1, typical_p=1, frequency_penalty=0, grammar=None, watermark=False)
+        n_new = own.whole("max_new_tokens", 100, 0, limits.most_tokens)
+        temperature, top_p = own.number("temperature", 1.0, 0.0, 100.0), own.number("top_p", 1.0, 0.0, 1.0)
+        top_k = own.whole("top_k", 0, 0, 2**31)
+        sampled = own.switch("do_sample") or temperature != 1 or top_p < 1 or top_k > 0
         chosen = sampling(
             temperature if sampled else 0.0,
             top_p,
             top_k,
-            repetition_penalty=number(own, "repetition_penalty", 1.0, 0.01, 100.0),
+            repetition_penalty=own.number("repetition_penalty", 1.0, 0.01, 100.0),
         )
         settings = GenerationConfig(
-            max_new_tokens=max(n_new, 1), stop=stops(own), seed=seed_of(own), **chosen
+            max_new_tokens=max(n_new, 1), stop=own.stops(), seed=seed_of(own), **chosen
         )
-        full = switch(own, "return_full_text")
+        full = own.switch("return_full_text")
         return Asked((one_text(body, "inputs"),), settings, n_new=n_new, echo=full)
 
     def whole(self, answer: Answer, tokenizer: Tokenizer) -> Any:
@@ -187,11 +175,11 @@ class Tabby(OpenAI):
 
     def asked(self, body: Body, limits: ServeConfig) -> Asked:
         """Read a request. What is absent: temperature 0.1 and 64 tokens, as Tabby has them."""
-        own = inner(body, "segments")
-        chosen = sampling(number(body, "temperature", 0.1, 0.0, 100.0))
+        own = body.inner("segments")
+        chosen = sampling(body.number("temperature", 0.1, 0.0, 100.0))
         settings = GenerationConfig(max_new_tokens=min(64, limits.most_tokens), seed=seed_of(body), **chosen)
-        suffix = text(own, "suffix") or None
-        n_new, editor = settings.max_new_tokens, text(body, "user") or ""
+        suffix = own.text("suffix") or None
+        n_new, editor = settings.max_new_tokens, body.text("user") or ""
         return Asked((one_text(own, "prefix"),), settings, suffix, n_new=n_new, editor=editor)
 
     def whole(self, answer: Answer, tokenizer: Tokenizer) -> Any:
