@@ -160,7 +160,10 @@ def measure(name: str, port: int, given: argparse.Namespace) -> None:
         times = [1000 * one for one in asyncio.run(keystrokes(port, given.keys, has_suffix))]
         told = "a suffix of at most 64 tokens" if has_suffix else "no suffix"
         p95 = quantiles(times, n=20)[-1]
-        print(f"{name}: first text of a next keystroke, {told}: p50 {median(times):.0f} ms, p95 {p95:.0f} ms")
+        print(
+            f"{name}: first text of a next keystroke, {told}: p50 {median(times):.0f} ms, p95 {p95:.0f} ms",
+            flush=True,
+        )
     of_one = 0.0
     for editors in EDITORS:
         rate, _ = asyncio.run(throughput(port, editors, given.seconds))

@@ -176,7 +176,7 @@ def serve(
     if settings.adapters:
         signal.signal(signal.SIGHUP, lambda *_: service.read_adapters_later())
     server.run(sockets=[listener])
-    service.close()
+    service.end()
 
 
 def name_of(model: str) -> str:

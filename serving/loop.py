@@ -118,6 +118,18 @@ class EngineLoop:
                     handle.cancel("shutdown")
         self.wake.set()
 
+    def end(self) -> None:
+        """End all texts, and wait for the thread, which takes one step.
+
+        Where Python ends while another thread computes, torch aborts the process.
+        """
+        self.close()
+        with self.lock:
+            for place in self._all:
+                for handle in list(place.engine.under_way):
+                    handle.cancel("shutdown")
+        self.thread.join()
+
     @property
     def texts(self) -> int:
         """The texts under way and waiting."""

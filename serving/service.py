@@ -91,6 +91,10 @@ class Service:
         """Take no more requests, and end those that have not begun."""
         self.loop.close()
 
+    def end(self) -> None:
+        """End everything, once nobody is there to answer."""
+        self.loop.end()
+
     def known_model(self, name: object) -> str:
         """Return the name of the model that a request asks for.
 

@@ -9,6 +9,8 @@ import signal
 import ssl
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from pretrained import save_pretrained
 from pretrained.gpt_bigcode import FAMILY
 from serving.command import name_of, newest_run
 from serving.gate import read_token
+from serving.loop import EngineLoop
 from serving.settings import ServeConfig
 
 SHAPE: dict[str, Any] = FAMILY.parts | {
@@ -69,6 +72,38 @@ def test_a_child_serves_and_sigterm_ends_it_with_0(folder: Path, tmp_path: Path)
     assert exit_code(child) == 0
     assert "a second opinion agrees: weights exactly" in out.read_text()
     assert "serving tiny: " in out.read_text() and "Traceback" not in out.read_text()
+
+
+def test_the_engine_is_at_rest_when_the_process_ends(folder: Path, tmp_path: Path) -> None:
+    """A client had gone, and the step that was left computed on while Python ended, which aborted it."""
+    began = tmp_path / "began"
+
+    def step(self: EngineLoop) -> bool:
+        if self.texts:
+            began.touch()
+            time.sleep(0.5)
+        return own(self)
+
+    def work() -> None:
+        EngineLoop._step = step
+        sys.argv = [str(REPOSITORY / "serve.py"), "--model", str(folder), "--port", "0"]
+        sys.argv += ["--cache", str(tmp_path)]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        print(f"threads at the end: {[one.name for one in threading.enumerate()]}")
+
+    own, out = EngineLoop._step, tmp_path / "out"
+    out.touch()
+    child = forked(work, out)
+    try:
+        until(lambda: "listening" in out.read_text(), 60)
+        (port,) = re.findall(r"listening at http://127\.0\.0\.1:(\d+);", out.read_text())
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"http://127.0.0.1:{port}/completion", json={"prompt": "def "}, timeout=0.2)
+        until(began.exists)
+    finally:
+        os.kill(child, signal.SIGTERM)
+    assert exit_code(child) == 0
+    assert "threads at the end: ['MainThread'" in out.read_text() and "'engine'" not in out.read_text()
 
 
 @pytest.mark.parametrize(

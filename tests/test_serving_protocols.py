@@ -86,9 +86,9 @@ def test_time_for_writing_is_a_bound(served: Running, monkeypatch: pytest.Monkey
     engine = served.service.loop.engine
     step = engine.step
     monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.02), step())[1])
-    body = {"prompt": PROMPT, "n_predict": -1, "t_max_predict_ms": 100, "temperature": 0}
+    body = {"prompt": PROMPT, "n_predict": -1, "t_max_predict_ms": 400, "temperature": 0}
     found = post(served, body, "/completion").json()
-    assert found["stop_type"] in ("limit", "eos") and 1 < found["tokens_predicted"] < 20
+    assert found["stop_type"] in ("limit", "eos") and 1 < found["tokens_predicted"] < 30
     # The first token is timed though nothing is sent at it.
     assert found["timings"]["predicted_ms"] >= 20 * (found["tokens_predicted"] - 1)
 
