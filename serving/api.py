@@ -252,7 +252,10 @@ class Server:
         path = scope["path"] if scope["path"] in PROTOCOLS else "other"
         self.metrics.count(path, status or 499, answer)
         line = f"{scope['method']} {scope['path'][:80]} {status or 499}{tokens}{first}"
-        print(f"{time.strftime('%H:%M:%S')} {one_line(line)}, {1000 * (time.monotonic() - begun):.0f} ms")
+        # It is held: print's own look-up does not, and crashes where another thread puts a new one there
+        # (CPython's issue 130163).
+        out, took = sys.stdout, 1000 * (time.monotonic() - begun)
+        print(f"{time.strftime('%H:%M:%S')} {one_line(line)}, {took:.0f} ms", file=out)
         if answer and self.service.settings.log_prompts:
             print(f"  asked {answer.asked.prompts!r}, suffix {answer.asked.suffix!r}")
             print(f"  answered {[one.text for one in answer.completions if one]!r}")
