@@ -204,6 +204,9 @@ def _join() -> World:
     own = PrefixStore(f"plumb/{attempt}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=patience)
+    # None goes on, and may end with its sentence, while gloo still connects another, which would then fail.
+    own.set(f"joined {rank}", "")
+    own.wait([f"joined {other}" for other in range(size)], patience)
     return World(rank, size, int(os.environ["LOCAL_RANK"]), own)
 
 
