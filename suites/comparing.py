@@ -24,6 +24,7 @@ from suites.records import (
     DAMAGED,
     evaluation_files,
     not_whole,
+    number_aside,
     read_evaluation,
     scored_again,
     texts_of,
@@ -40,6 +41,8 @@ from suites.scoring import (
 from suites.tables import aligned, shares_told
 
 LETTERS = "ABCDEFGH"
+OF_TOKENS = "model", "base", "n-gram", "documents"  # The keys of token scores,
+OF_TEXTS = "side", "files", "bytes"  # and of the texts that they are over.
 SUBJECTS = "model", "base", "given"  # The systems that are compared; the others are their baselines.
 
 
@@ -164,6 +167,7 @@ def _opened(letter: str, given: str, suite: str) -> Compared:
     label = letter if prompt is None else f"{letter} {prompt}"
     files = {path: read_evaluation(path) for path in evaluation_files(place)}
     try:
+        files = _with_earlier(files)
         files, legend = _of_one_checkpoint(_with_requested(files, suite, prompt), label)
         evaluation = _merged(list(files.values()))
         records = _chosen(_records(evaluation, prompt), suite, _stored(evaluation))
@@ -172,6 +176,40 @@ def _opened(letter: str, given: str, suite: str) -> Compared:
         raise not_whole(next(iter(files)), error) from None
     except ValueError as error:
         raise ValueError(f"{next(iter(files))}: {error}") from None
+
+
+def _with_earlier(files: dict[Path, dict[str, Any]]) -> dict[Path, dict[str, Any]]:
+    """Return the evaluations of a run, where each that was set aside has only what no newer one stores.
+
+    One of other weights than the newest is left out.
+    """
+    first = next(iter(files.values()))
+    texts = [first.get(key) for key in OF_TEXTS]
+    found: dict[Path, dict[str, Any]] = {}
+    seen = set[str]()
+    for path, evaluation in files.items():
+        if evaluation is not first and number_aside(path):
+            if evaluation.get("fingerprints", {}).get("weights") != first.get("fingerprints", {}).get(
+                "weights"
+            ):
+                continue
+            same_texts = [evaluation.get(key) for key in OF_TEXTS] == texts
+            evaluation = _without(evaluation, seen if same_texts else seen | {TOKENS})
+            if not _stored(evaluation):
+                continue
+        found[path] = evaluation
+        seen |= {*_stored(evaluation)}
+    return found
+
+
+def _without(evaluation: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    """Return an evaluation without some of its suites, token scores among them."""
+    left_out = ("suite", "more_suites", *(OF_TOKENS if TOKENS in names else ()))
+    kept = {key: value for key, value in evaluation.items() if key not in left_out}
+    records = [record for record in suites_of(evaluation) if record["suite"] not in names]
+    if records:
+        kept["suite"], *kept["more_suites"] = records
+    return kept
 
 
 def _with_requested(

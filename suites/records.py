@@ -6,6 +6,7 @@ No torch.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,24 @@ def read_evaluation(path: str | Path) -> dict[str, Any]:
 
 
 def evaluation_files(place: Path) -> list[Path]:
-    """Return the evaluations in a run's folder: eval.json first, then those of suites with their own file.
+    """Return the evaluations in a run's folder: eval.json, those of suites with their own file, earlier ones.
 
-    A file stands for itself, and a folder without evaluations for the eval.json that is missing.
+    The earlier ones were set aside for evaluations of other settings, and are last, the newest first. A file
+    stands for itself, and a folder without evaluations for the eval.json that is missing.
     """
     if not place.is_dir():
         return [place]
-    files = [place / "eval.json", *(place / f"eval-{name}.json" for name in SUITES)]
-    return [path for path in files if path.exists()] or files[:1]
+    names = ["eval", *(f"eval-{name}" for name in SUITES)]
+    files = [path for name in names if (path := place / f"{name}.json").exists()]
+    earlier = [path for name in names for path in place.glob(f"{name}-*.json") if number_aside(path)]
+    files += sorted(dict.fromkeys(earlier), key=lambda path: (-number_aside(path), path.name))
+    return files or [place / "eval.json"]
+
+
+def number_aside(path: Path) -> int:
+    """Return the number of an evaluation that was set aside, such as 2 of eval-2.json; 0 of others."""
+    found = re.fullmatch(r"eval(?:-.+)?-([1-9]\d{0,8})", path.stem, re.ASCII)
+    return int(found[1]) if found else 0
 
 
 # The errors that reading a damaged record, or one of a stranger, may raise.

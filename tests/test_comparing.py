@@ -370,7 +370,44 @@ def test_a_suite_with_a_file_of_its_own_leaves_the_scores_of_the_run_where_they_
     assert set(evaluation_files(tmp_path)) == {tmp_path / "eval.json"}
     for name in ("eval-mbpp.json", "eval-mbpp-1.json", "eval-1.json"):
         (tmp_path / name).touch()
-    assert evaluation_files(tmp_path) == [tmp_path / "eval-mbpp.json"]
+    for name in ("eval-x.json", "eval-0.json", "eval-mbpp-.json", "eval-2.json"):
+        (tmp_path / name).touch()
+    found = [path.name for path in evaluation_files(tmp_path)]
+    assert found == ["eval-mbpp.json", "eval-2.json", "eval-1.json", "eval-mbpp-1.json"]
+
+
+def test_evaluations_set_aside_are_found(tmp_path):
+    """A suite that was evaluated later by itself does not hide what a run's first evaluation stores."""
+    a, b = (with_tokens(evaluation(seed, 0.5), float(seed), "t") for seed in (1, 2))
+    pairs, weights = {**a["suite"]}, {"tokenizer": "t", "weights": "w"}
+    a |= {"fingerprints": weights}
+    gaps = {**pairs, "suite": "fim_line"}
+    later = {"run": a["run"], "step": 1, "suite": gaps, "fingerprints": weights}
+    of_texts = {"side": "test", "files": 30, "bytes": 600}
+    one, other = write(tmp_path, later | of_texts, b)
+    for name in ("eval-1.json", "eval-2.json"):
+        (Path(one) / name).write_text(json.dumps(a), "utf-8")
+    whole = compare_files(write(tmp_path / "whole", a, b))
+    for suite in ("", "pairs", "next_token", "pairs,next_token"):
+        said = compare_files([one, other], suite)
+        assert "eval-2.json" in said
+        assert "eval-1.json" not in said, "eval-2.json has all that it has"
+        for line in compare_files(write(tmp_path / f"whole-{suite}", a, b), suite).splitlines()[2:]:
+            assert line in said
+    assert "left out: fim_line, which is only in A" in compare_files([one, other])
+    assert "bits per byte: B model less A model" in whole
+    # What the newest holds counts; of another checkpoint, or over other texts, the older does not.
+    fewer = {**pairs, "samples": pairs["samples"][:9]}
+    (Path(one) / "eval.json").write_text(json.dumps(later | of_texts | {"more_suites": [fewer]}), "utf-8")
+    with pytest.raises(ValueError, match="number of samples"):
+        compare_files([one, other], "pairs")
+    (Path(one) / "eval.json").write_text(json.dumps(later | of_texts | {"bytes": 9}), "utf-8")
+    assert "bits per byte" not in compare_files([one, other])
+    assert PAIRS.title in compare_files([one, other])
+    newer = later | of_texts | {"fingerprints": {"tokenizer": "t", "weights": "x"}}
+    (Path(one) / "eval.json").write_text(json.dumps(newer), "utf-8")
+    with pytest.raises(ValueError, match="they share no suite"):
+        compare_files([one, other])
 
 
 def test_answers_that_are_mostly_empty_have_no_verdict(tmp_path):

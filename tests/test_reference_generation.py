@@ -110,6 +110,17 @@ def test_chances_of_a_row_by_hand() -> None:
     assert penalised(logits, [0, 1, 1], 2.0).tolist() == [1.0, -4.0, 1.0]
 
 
+def test_a_nucleus_that_ends_among_nearly_equal_tokens_is_not_compared() -> None:
+    """Rounding decides which of them is its last, as in a model that has hardly been trained."""
+    scores = torch.tensor([2.0, 1.0, 1.0 + 1e-7, 1.0 - 1e-7, -3.0]).double()
+    assert float(chances(scores, Rules(1.0))[[0, 2]].sum()) < 0.7
+    for rules in (Rules(1.0, top_p=0.7), Rules(1.0, top_k=4, top_p=0.7), Rules(1.0, top_k=2)):
+        assert not generation.keeps_the_same(scores, rules, 1e-6)
+        assert generation.keeps_the_same(scores, rules, 1e-9)
+    for rules in (Rules(1.0, top_p=0.95), Rules(1.0, top_k=4), Rules(1.0, top_p=0.4)):
+        assert generation.keeps_the_same(scores, rules, 1e-6)
+
+
 def test_random_numbers_are_the_products_own() -> None:
     numbers = draws(3, 7)
     generator = sampling.row_generator(3, 7)

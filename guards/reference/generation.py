@@ -221,9 +221,12 @@ def rules_of(settings: GenerationConfig) -> Rules:
 
 def keeps_the_same(scores: Tensor, rules: Rules, off: float) -> bool:
     """Return whether the same tokens are kept when each score (V,) moves by `off`."""
-    k, ordered = rules.top_k, scores.sort(descending=True).values
-    if 0 < k < len(ordered) and float(ordered[k - 1] - ordered[k]) <= 2 * off:
-        return False
+    ordered = scores.sort(descending=True).values
+    in_nucleus = int((chances(scores, rules._replace(min_p=0.0)) > 0).sum())
+    # Which of two nearly equal tokens is the last one kept is a matter of rounding.
+    for last in {rules.top_k, in_nucleus} - {0}:
+        if last < len(ordered) and float(ordered[last - 1] - ordered[last]) <= 2 * off:
+            return False
     share = 4 * off / rules.temperature
     near = [
         rules._replace(top_p=min(1.0, rules.top_p * (1 + s)), min_p=rules.min_p * (1 + s))
