@@ -256,6 +256,14 @@ class ModelConfig:
             )
         if self.n_head % n_kv_head:
             raise ValueError(f"model.n_head {self.n_head} is not a multiple of model.n_kv_head {n_kv_head}")
+        if self.position == "rotary" and not self.rotary_dim and head_dim % 2:
+            whence = (
+                "" if self.head_dim else f", which is model.n_embd {self.n_embd} / model.n_head {self.n_head}"
+            )
+            raise ValueError(
+                f"a head has {head_dim} dimensions{whence}, and rotary positions turn them in pairs: make "
+                "that even, or set model.rotary_dim"
+            )
         if self.position == "rotary" and (rotary_dim > head_dim or rotary_dim % 2):
             raise ValueError(
                 f"model.rotary_dim {rotary_dim} must be even and at most the head's {head_dim} dimensions"

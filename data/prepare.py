@@ -38,6 +38,16 @@ POOL_PAYS_BYTES = 4_000_000
 KINDS = ("texts", "examples", "conversations")
 
 
+def refuse_unlearnable(settings: TokenizerConfig) -> None:
+    """Raise ValueError where the settings of a tokenizer that is to be trained cannot be right."""
+    if settings.kind == "pretrained":
+        raise ValueError(
+            "tokenizer.kind is pretrained, but tokenizer.path is not set; name the tokenizer's folder"
+        )
+    kind = CodeTokenizer if settings.kind == "code" else BPETokenizer
+    kind.refuse_small(settings.vocab_size)
+
+
 def prepare_tokenizer(data: DataConfig | RunDocuments, settings: TokenizerConfig) -> Tokenizer:
     """Load `settings.path`, or train on the training files, cached by all that decides the result."""
     documents = data if isinstance(data, RunDocuments) else RunDocuments(data)
@@ -49,10 +59,7 @@ def prepare_tokenizer(data: DataConfig | RunDocuments, settings: TokenizerConfig
             "chat template to write it by; name a --base that was tuned for chat, or its tokenizer by "
             "--tokenizer.kind pretrained and --tokenizer.path, or give prompt and completion"
         )
-    if settings.kind == "pretrained":
-        raise ValueError(
-            "tokenizer.kind is pretrained, but tokenizer.path is not set; name the tokenizer's folder"
-        )
+    refuse_unlearnable(settings)
     name = documents.tokenizer_name(f"{TRAINING_VERSION} {settings!r}")
     folder = Path(documents.config.cache) / "tokenizers" / name
     tokenizer = _cached_tokenizer(folder)

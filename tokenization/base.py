@@ -177,9 +177,13 @@ def content_hash(kind: str, content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_training(texts: Iterable[str], vocab_size: int, smallest: int, why: str) -> None:
-    """Raise ValueError for one string in place of texts, or a `vocab_size` below `smallest`."""
+def refuse_one_string(texts: Iterable[str]) -> None:
+    """Raise ValueError for one string in place of texts."""
     if isinstance(texts, str):
         raise ValueError("train takes an iterable of texts, not one string: pass [text]")
+
+
+def refuse_no_room(vocab_size: int, smallest: int, why: str) -> None:
+    """Raise ValueError for a `vocab_size` below `smallest`."""
     if vocab_size < smallest:
         raise ValueError(f"vocab_size {vocab_size} is below {smallest}, the room that {why} need: raise it")

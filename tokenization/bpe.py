@@ -11,7 +11,7 @@ from typing import Any, Self
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from tokenization.base import Tokenizer, check_training, content_hash
+from tokenization.base import Tokenizer, content_hash, refuse_no_room, refuse_one_string
 from tokenization.code_pieces import BOS, EOS, GAPS, PAD, SPECIALS
 from tokenization.files import read_file, read_json, write_file
 from tokenization.growth import refuse_steep
@@ -120,6 +120,11 @@ class BPETokenizer(Tokenizer):
         tokenizer.suffix_first = config.get(SUFFIX_FIRST) is True
         return tokenizer
 
+    @staticmethod
+    def refuse_small(vocab_size: int) -> None:
+        """Raise ValueError for a vocabulary that cannot hold every byte and the special tokens."""
+        refuse_no_room(vocab_size, len(SPECIALS) + len(GAPS) + 256, "special tokens and bytes")
+
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, min_count: int = 0) -> BPETokenizer:
         """Learn merges from `texts`; a merge is taken if its pair occurs more than `min_count` times.
@@ -128,7 +133,8 @@ class BPETokenizer(Tokenizer):
             ValueError: `vocab_size` leaves no room, or a text holds a lone surrogate.
         """
         specials = [*SPECIALS, *GAPS]
-        check_training(texts, vocab_size, len(specials) + 256, "special tokens and bytes")
+        refuse_one_string(texts)
+        cls.refuse_small(vocab_size)
         if min_count < 0:
             raise ValueError(f"min_count {min_count} is below 0")
         backend = tokenizers.Tokenizer(models.BPE())

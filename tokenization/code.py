@@ -39,7 +39,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
-from tokenization.base import Tokenizer, check_training, content_hash
+from tokenization.base import Tokenizer, content_hash, refuse_no_room, refuse_one_string
 from tokenization.code_pieces import (
     BOS,
     BYTE,
@@ -192,6 +192,11 @@ class CodeTokenizer(CodePieces, Tokenizer):
         tokenizer.heals = heals
         return tokenizer
 
+    @staticmethod
+    def refuse_small(vocab_size: int) -> None:
+        """Raise ValueError for a vocabulary that cannot hold every byte, the special tokens and markers."""
+        refuse_no_room(vocab_size, FIRST_PIECE + len(GAPS), "special tokens, bytes and markers")
+
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, min_count: int = 10) -> CodeTokenizer:
         """Learn pieces from `texts`.
@@ -206,8 +211,8 @@ class CodeTokenizer(CodePieces, Tokenizer):
         Raises:
             ValueError: `vocab_size` leaves no room, `min_count` is negative, or there is no text.
         """
-        least = FIRST_PIECE + len(GAPS)
-        check_training(texts, vocab_size, least, "special tokens, bytes and markers")
+        refuse_one_string(texts)
+        cls.refuse_small(vocab_size)
         if min_count < 0:
             raise ValueError(f"min_count {min_count} is below 0")
         units: Counter[str] = Counter()
@@ -231,7 +236,7 @@ class CodeTokenizer(CodePieces, Tokenizer):
                     joined_digits = expected == JOINED and word[0] in DIGITS
                     symbols[(TAIL if joined_digits else HEAD) + word.lower()] += count
 
-        room = vocab_size - least
+        room = vocab_size - (FIRST_PIECE + len(GAPS))
         single, merged = learn_pieces(symbols, room, min_count)
         usual: dict[str, int] = {}
         used: Counter[str] = Counter()

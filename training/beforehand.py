@@ -14,6 +14,7 @@ import torch
 
 from config import Config, LoraConfig, refuse_unwritable
 from data.corpus import refuse_unreadable
+from data.prepare import refuse_unlearnable
 from guards.faults import refuse_unknown_faults
 from lora import add_adapter
 from modules.precision import Precision, choose_device, choose_precision, evaluation_precision
@@ -45,6 +46,8 @@ def refuse_mistakes(config: Config, made_here: bool = False) -> Precision:
             f"--model.n_experts is {config.model.n_experts}, and nothing here balances experts that are "
             "trained from scratch; give --base a model that has them"
         )
+    if train.base is None and config.tokenizer.path is None and not made_here:
+        refuse_unlearnable(config.tokenizer)
     precision = choose_precision(choose_device(train.device), train.precision)
     weight_dtype = torch.float32
     if train.base is not None and config.lora.r:
