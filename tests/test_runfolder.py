@@ -205,6 +205,18 @@ def test_a_killed_runs_lock_is_free(tmp_path: Path) -> None:
     assert not tmp_path.exists()
 
 
+def test_only_a_holder_that_was_killed_leaves_a_folder_free(tmp_path: Path) -> None:
+    """Who makes the lock file may be overtaken before locking it; the other one cleared an ended run."""
+    (tmp_path / "config.yaml").write_text("{}")
+    (tmp_path / LOCK).touch()
+    with pytest.raises(ValueError, match="already holds another run"), claimed_folder(config_of(tmp_path)):
+        pass
+    assert (tmp_path / "config.yaml").exists() and not (tmp_path / LOCK).exists()
+    (tmp_path / LOCK).write_text("1\n")
+    with claimed_folder(config_of(tmp_path)) as folder:
+        assert [path.name for path in folder.iterdir()] == [LOCK]
+
+
 @pytest.mark.parametrize("line", ["model: {path}", "config: {path}", "model: {{config: {path}}}"])
 def test_a_strangers_run_reads_no_file_that_its_settings_name(line: str, tmp_path: Path) -> None:
     secret = tmp_path / "secret.yaml"

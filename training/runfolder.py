@@ -76,7 +76,7 @@ def _clear_beginning(folder: Path) -> None:
 def _locked(folder: Path) -> Iterator[bool]:
     """Hold the folder's lock; make the folder, and at the end remove the lock file, and the folder if empty.
 
-    Yields whether the lock file was there, which a killed run has left.
+    Yields whether a killed run has left the lock file.
 
     Raises:
         ValueError: Another process holds the lock.
@@ -101,20 +101,23 @@ def _locked(folder: Path) -> Iterator[bool]:
 
 
 def _try_lock(folder: Path) -> tuple[TextIO, bool] | None:
-    """Return the locked file and whether it was there, or None if it is no longer the folder's: try again.
+    """Return the locked file and whether a killed run left it, or None if it is no longer the folder's.
 
     A holder removes the file at its end. Who had opened it before gets a lock on what nobody else can see,
-    while a third makes a new file and locks that: two runs in one folder. So the inodes are compared.
+    while a third makes a new file and locks that: two runs in one folder. So the inodes are compared. Who
+    holds the lock writes into the file: an empty one was made by somebody whom another was ahead of.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        is_left = (folder / LOCK).exists()
-        file = open(folder / LOCK, "r+" if is_left else "x", encoding="utf-8")  # noqa: SIM115
-    except (FileNotFoundError, FileExistsError):  # Another one made or removed it, or the folder, meanwhile.
+        file = open(folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+    except (FileNotFoundError, FileExistsError):  # Another one removed the folder in the middle.
         return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(file.fileno()), os.stat(folder / LOCK)):
+            is_left = os.fstat(file.fileno()).st_size > 0
+            file.write(f"{os.getpid()}\n")
+            file.flush()
             return file, is_left
     except FileNotFoundError:
         pass
