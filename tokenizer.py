@@ -24,7 +24,12 @@ from tokenization.code import CodeTokenizer
 from tokenization.code_pieces import BOS, CODE_FILE, EOS, GAPS, PAD, SPECIALS
 from tokenization.files import read_json
 from tokenization.library import CONFIG_FILE, KIND_KEY, TOKENIZER_FILE
-from tokenization.pretrained import STARTS_GAPS, PretrainedTokenizer, opened_by_transformers
+from tokenization.pretrained import (
+    STARTS_GAPS,
+    PretrainedTokenizer,
+    opened_by_transformers,
+    otherwise_in_transformers,
+)
 from tokenization.published import VOCAB_FILE
 from tokenization.sentencepieces import SENTENCEPIECE_FILE, can_read_sentencepiece
 
@@ -46,6 +51,7 @@ __all__ = [
     "end_ids",
     "load_tokenizer",
     "opened_by_transformers",
+    "otherwise_in_transformers",
 ]
 
 # A part of the key of cached tokenizers: raise it when the same texts would train another one.

@@ -66,6 +66,7 @@ from tokenizer import (
     can_read_sentencepiece,
     end_ids,
     load_tokenizer,
+    otherwise_in_transformers,
 )
 
 FAMILIES = {
@@ -489,6 +490,8 @@ def _tokenizer(folder: Path, vocab_size: int, linked: bool) -> Tokenizer | None:
         if (folder / name).exists():
             inner_path(folder, name, linked)
     tokenizer = load_tokenizer(folder)
+    if isinstance(tokenizer, PretrainedTokenizer) and (said := otherwise_in_transformers(folder, tokenizer)):
+        print(f"warning: {said}", file=sys.stderr)
     if tokenizer.vocab_size <= vocab_size:
         return tokenizer
     try:

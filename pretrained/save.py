@@ -21,6 +21,7 @@ from pretrained.family import Family, from_model, lacks
 from pretrained.folder import CONFIG, INDEX, SINGLE
 from pretrained.load import FAMILIES
 from tokenization import code_pieces
+from tokenization.classes import JUDGED
 from tokenizer import GENERATION, CodeTokenizer, Tokenizer, opened_by_transformers
 
 # The `code` tokenizer has no tokenizer.json: the pieces of a word, and whether a marker of its case stands
@@ -106,17 +107,6 @@ def save_pretrained(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return chosen
-
-
-# Texts that the classes of transformers cut differently, by spaces, digits, accents and contractions.
-JUDGED = (
-    "def f(x2024, y=0x1F):\n    return [\"don't\", 'WE\\'LL']  # 12345 67.8\r\n\n\t9",
-    "# caf\u00e9 cafe\u0301 \u65e5\u672c \ufb01",
-    "  leading",
-    "\u2581word",
-    "\n\n  x",
-    " ",
-)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

@@ -18,7 +18,13 @@ from architecture import Decoder
 from pretrained import FAMILIES, load_pretrained, save_pretrained
 from pretrained.family import to_model
 from pretrained.save import JUDGED
-from tokenizer import BPETokenizer, load_tokenizer, opened_by_transformers
+from tokenizer import (
+    BPETokenizer,
+    PretrainedTokenizer,
+    load_tokenizer,
+    opened_by_transformers,
+    otherwise_in_transformers,
+)
 
 transformers.logging.set_verbosity_error()
 
@@ -177,6 +183,30 @@ def test_the_class_of_a_folder_is_foretold(
     ours = opened_by_transformers(tmp_path)
     for text in TEXTS:
         assert ours.prompt_ids(text) == theirs(text)["input_ids"], text
+
+
+@pytest.mark.parametrize("scheme", ["prepend", "first", "never"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma", "qwen3"])
+@pytest.mark.parametrize(
+    "name",
+    ["GemmaTokenizer", "GPT2Tokenizer", "CodeGenTokenizer", "GPTNeoXTokenizer", "LlamaTokenizer", None],
+)
+def test_a_class_that_builds_another_tokenizer_than_the_file_is_named(
+    spaced: Any, tmp_path: Path, name: str | None, model_type: str, scheme: str
+) -> None:
+    """The file counts, and whoever opens the folder elsewhere gets other ids."""
+    spaced(scheme, "<s>").save(str(tmp_path / "tokenizer.json"))
+    config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config |= {} if name is None else {"tokenizer_class": name}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    assert isinstance(ours, PretrainedTokenizer)
+    differ = any(ours.encode(text) != theirs.encode(text, add_special_tokens=False) for text in JUDGED)
+    said = otherwise_in_transformers(tmp_path, ours)
+    assert (said is not None) == differ
+    if said is not None:
+        assert f"builds parts of the tokenizer in {tmp_path} anew" in said
 
 
 def small(family: str, vocab_size: int) -> Decoder:

@@ -45,6 +45,16 @@ _QWEN2_PIECES = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+# Texts that the classes of transformers cut differently, by spaces, digits, accents and contractions.
+JUDGED = (
+    "def f(x2024, y=0x1F):\n    return [\"don't\", 'WE\\'LL']  # 12345 67.8\r\n\n\t9",
+    "# caf\u00e9 cafe\u0301 \u65e5\u672c \ufb01",
+    "  leading",
+    "\u2581word",
+    "\n\n  x",
+    " ",
+)
+
 # The special tokens of a class where the folder names none.
 DEFAULT_TOKENS = {
     "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},

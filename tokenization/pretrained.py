@@ -11,7 +11,7 @@ from typing import Any, Self
 import tokenizers
 
 from tokenization.base import Tokenizer, content_hash
-from tokenization.classes import BUILDERS
+from tokenization.classes import BUILDERS, JUDGED
 from tokenization.code_pieces import BOS, EOS, PAD, SPECIALS
 from tokenization.files import parse_json, read_bytes, read_file, write_file
 from tokenization.growth import refuse_steep
@@ -53,6 +53,7 @@ from tokenization.sentencepieces import SENTENCEPIECE_FILE, from_sentencepiece
 # A key of tokenizer_config.json: whether texts with a gap were trained with the start token of all others.
 # Where it is absent, a base or run made here had none; a published model has one if its other texts do.
 STARTS_GAPS = "plumb_starts_gaps"
+FOLLOWED = ("LlamaTokenizer", "CodeLlamaTokenizer")  # The classes whose rules count, whatever the file says.
 
 
 class PretrainedTokenizer(Tokenizer):
@@ -379,7 +380,7 @@ class PretrainedTokenizer(Tokenizer):
                 files |= from_sentencepiece(read_bytes(folder / SENTENCEPIECE_FILE), files)
                 files = as_opened(files, folder, tuple(BUILDERS))
             elif not as_saved:
-                files = as_opened(files, folder, ("LlamaTokenizer", "CodeLlamaTokenizer"))
+                files = as_opened(files, folder, FOLLOWED)
             tokenizer = cls(files)
         except ValueError as error:
             raise ValueError(f"in {folder}: {error}") from error
@@ -398,3 +399,25 @@ def opened_by_transformers(folder: Path) -> PretrainedTokenizer:
     files say already, or forget a part that the model was trained with, such as StarCoder2's digits.
     """
     return PretrainedTokenizer(as_opened(read_folder(folder), folder, tuple(BUILDERS)))
+
+
+def otherwise_in_transformers(folder: Path, tokenizer: PretrainedTokenizer) -> str | None:
+    """Return in one sentence where AutoTokenizer gives other ids than the tokenizer that was read here.
+
+    Such a folder names a class that builds anew what its tokenizer.json says otherwise.
+    """
+    files = read_folder(folder)
+    if TOKENIZER_FILE not in files or as_opened(files, folder, tuple(BUILDERS)) == as_opened(
+        files, folder, FOLLOWED
+    ):
+        return None
+    theirs = opened_by_transformers(folder)
+    for text in JUDGED:
+        ids, others = (found.encode(text) for found in (tokenizer, theirs))
+        if ids != others:
+            return (
+                f"AutoTokenizer (transformers 5) builds parts of the tokenizer in {folder} anew, by the "
+                f"class that its files name, and gives {len(others)} ids of {text!r} where {TOKENIZER_FILE} gives "
+                f"{len(ids)}, or others; here {TOKENIZER_FILE} counts"
+            )
+    return None
