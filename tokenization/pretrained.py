@@ -417,7 +417,7 @@ def otherwise_in_transformers(folder: Path, tokenizer: PretrainedTokenizer) -> s
         if ids != others:
             return (
                 f"AutoTokenizer (transformers 5) builds parts of the tokenizer in {folder} anew, by the "
-                f"class that its files name, and gives {len(others)} ids of {text!r} where {TOKENIZER_FILE} gives "
-                f"{len(ids)}, or others; here {TOKENIZER_FILE} counts"
+                f"class that its files name, and gives {len(others)} ids of {text!r} where {TOKENIZER_FILE} "
+                f"gives {len(ids)}, or others; here {TOKENIZER_FILE} counts"
             )
     return None
