@@ -1,6 +1,7 @@
 """The sandbox's seccomp filter: the system calls that generated code may not make; for `bwrap --seccomp`.
 
 It closes what namespaces leave open: new processes, so that one process's limits bound the whole sandbox;
+a handler for the signal that its CPU time is used up, which would hide that;
 sockets of families that know no namespace (AF_VSOCK, AF_ALG); memory that no limit counts; namespaces of the
 program's own; and parts of the kernel with a history of faults. Calls that need capabilities are refused
 without a filter.
@@ -14,6 +15,8 @@ from __future__ import annotations
 import errno
 import struct
 
+SIGACTION = {"x86_64": 13, "aarch64": 134}
+SIGXCPU = 24
 CLONE, CLONE3 = {"x86_64": 56, "aarch64": 220}, 435
 CLONE_THREAD = 0x10000
 AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -68,7 +71,12 @@ DENIED: dict[str, tuple[int | None, int | None]] = {
 }
 
 LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-NUMBER, ARCHITECTURE, FLAGS = 0, 4, 16  # Offsets in struct seccomp_data; clone's flags come first.
+NUMBER, ARCHITECTURE, FIRST, SECOND = (
+    0,
+    4,
+    16,
+    24,
+)  # Offsets in struct seccomp_data; clone's flags come first.
 ALLOW, ERROR, KILL = 0x7FFF0000, 0x00050000, 0x80000000
 
 
@@ -98,8 +106,17 @@ def program(machine: str) -> bytes:
     for number in numbers:
         lines += [(EQUAL, 0, 1, number), (RETURN, 0, 0, deny)]
     lines += [
+        (EQUAL, 0, 8, SIGACTION[machine]),
+        (LOAD, 0, 0, FIRST),
+        (EQUAL, 0, 5, SIGXCPU),
+        (LOAD, 0, 0, SECOND),  # A pointer to the new handler; none where the old one is asked for.
+        (EQUAL, 0, 2, 0),
+        (LOAD, 0, 0, SECOND + 4),
+        (EQUAL, 1, 0, 0),
+        (RETURN, 0, 0, deny),
+        (RETURN, 0, 0, ALLOW),
         (EQUAL, 0, 3, CLONE[machine]),
-        (LOAD, 0, 0, FLAGS),
+        (LOAD, 0, 0, FIRST),
         (ANY_BIT, 1, 0, CLONE_THREAD),
         (RETURN, 0, 0, deny),
         (RETURN, 0, 0, ALLOW),

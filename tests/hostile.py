@@ -89,8 +89,10 @@ HOSTILE: dict[str, dict[str, str]] = {
         "a sleep": calls("time.sleep(1e6)"),
         "one long operation": calls("return 10 ** 10 ** 9"),
         "a regular expression": calls("import re\nreturn re.match('(a+)+$', 'a' * 60 + 'b')"),
-        "a signal for the time that is ignored": "signal.signal(signal.SIGXCPU, signal.SIG_IGN)\n"
-        + calls("while True: pass"),
+        "a signal for the time that is blocked": "blocked = {signal.SIGXCPU}\n"
+        "signal.pthread_sigmask(signal.SIG_BLOCK, blocked)\n" + calls("while True: pass"),
+        "a handler for the time": "import contextlib\nwith contextlib.suppress(PermissionError):\n"
+        "    signal.signal(signal.SIGXCPU, lambda *_: os._exit(0))\n" + calls("while True: pass"),
         "a loop in a thread": "threading.Thread(target=lambda: [None for _ in iter(int, 1)]).start()\n"
         + calls("threading.Event().wait()"),
         "an endless answer": calls("return iter(int, 1)"),
