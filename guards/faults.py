@@ -292,5 +292,5 @@ def explained(name: str) -> str:
 
 
 def _near(name: str) -> str:
-    near = difflib.get_close_matches(name, FAULTS, 1, 0.4)
+    near = difflib.get_close_matches(name, FAULTS, 1, 0.6)
     return f"did you mean {near[0]}?" if near else "docs/faults.md lists them"

@@ -107,7 +107,9 @@ class Ledger:
             self._db.execute("PRAGMA foreign_keys=ON")
             self._db.executescript(SCHEMA)
         except (sqlite3.Error, OSError) as error:
-            raise ValueError(f"{path} cannot be used as a ledger: {error}") from error
+            is_other = type(error) is sqlite3.DatabaseError  # Cut, overwritten, or another kind of file.
+            remedy = "; restore it from a copy, or fetch again into another --folder" if is_other else ""
+            raise ValueError(f"{path} cannot be used as a ledger: {error}{remedy}") from error
 
     def close(self) -> None:
         self._db.close()

@@ -7,6 +7,7 @@ The workers share the study through its storage alone.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -193,10 +194,17 @@ def sweep(settings: SweepSettings) -> int:
 
     refuse_mistakes(settings.config)
     folder = settings.sweep.folder
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with told(settings.sweep.storage, folder):
-        studies = open_studies(settings)
-        refuse_other_runs(studies[0], folder)
+    try:
+        with told(settings.sweep.storage, folder):
+            studies = open_studies(settings)
+            refuse_other_runs(studies[0], folder)
+    except ValueError:
+        if is_new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # This fails unless it is empty.
+        raise
     say(beginning(settings))
     fingerprint = prepare(settings)
     with told(settings.sweep.storage, folder):

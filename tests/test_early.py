@@ -116,6 +116,7 @@ def base(words: list[str]) -> None:
 NOT_A_FOLDER = "file/below"  # Nobody may write to it, not even root.
 OF_TRAINING = {
     "--allow split-leak": "did you mean split-leaks?",
+    "--allow nan-los": "names no fault; docs/faults.md lists them",
     "--device gpu": "device 'gpu' is not known",
     "--precision fp16": "precision fp16 was asked for on a CPU",
     "--eval_precision fp16": "precision fp16 was asked for on a CPU",
@@ -156,7 +157,8 @@ MISTAKES: dict[tuple[Callable, str], dict[str, str]] = {
         "--model.n_layer 1": "model.n_layer was 2 when",
         "--allow split-leak": "did you mean split-leaks?",
     },
-    (sweep, "--data.source corpus --seconds 5 --study s"): OF_TRAINING | {"--objectives nope": "nope"},
+    (sweep, "--data.source corpus --seconds 5 --study s"): OF_TRAINING
+    | {"--objectives nope": "nope", "--storage nosuch://me:secret@x": "no kind of storage is called"},
     (score, "--checkpoint other/run --device cpu"): {
         "--device gpu": "device 'gpu' is not known",
         "--precision fp16": "on a CPU",

@@ -90,7 +90,9 @@ def test_shards_hold_each_repository_once(ledger: Ledger) -> None:
 
 def test_a_file_that_is_no_ledger_is_named(tmp_path: Path) -> None:
     (tmp_path / "l.sqlite").write_bytes(b"hello" * 1000)
-    with pytest.raises(ValueError, match=r"l\.sqlite cannot be used as a ledger: file is not a database"):
+    with pytest.raises(
+        ValueError, match=r"l\.sqlite cannot be used as a ledger: file is not a database; restore"
+    ):
         Ledger(tmp_path / "l.sqlite")
 
 
