@@ -23,7 +23,7 @@ def __getattr__(name: str) -> Any:
 def main(argv: list[str]) -> None:
     """Evaluate, score again or compare, by the command line."""
     settings = parse_settings(argv)
-    with one_sentence():
+    with one_sentence(shares=settings.rescore is None and not settings.compare):
         # Each command is imported after the command line is parsed, and only the last one imports torch.
         if settings.rescore is not None:
             from suites.rescoring import rescore
@@ -35,8 +35,10 @@ def main(argv: list[str]) -> None:
             print(compare_files(settings.compare, settings.suite))
             return
         from suites.evaluate import write_evaluation
+        from training.distributed import joined
 
-        write_evaluation(settings)
+        with joined() as world:
+            write_evaluation(settings, world)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def refuse_ranks() -> None:
     raise ValueError(
         f"torchrun started {size} processes, and this is a command of one; call it without torchrun. What "
         "several processes share is the training of trainingmanager.py, without --plan, --prepare and "
-        "--prove_resume"
+        "--prove_resume, and the scores of eval.py"
     )
 
 

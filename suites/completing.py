@@ -27,6 +27,7 @@ from suites.kept import Draw, Kept, Made
 from suites.scoring import Example, Predictions
 from tokenization.healing import Prompt
 from tokenizer import Tokenizer
+from training.distributed import ALONE, World
 
 GREEDY = GenerationConfig()
 # Rows at a time beyond which the time of a step is proportional to its rows.
@@ -105,6 +106,7 @@ class CompletionSettings:
             halved for as long as memory is full, and does not change what is predicted.
         generation: Greedy, or how to sample; its stop strings. Its own limit on new tokens is not read.
         draws: Texts of each example. A draw's random numbers are its own, whatever is beside it.
+        world: The processes that share the texts; all get the predictions.
     """
 
     max_new_tokens: int
@@ -113,6 +115,7 @@ class CompletionSettings:
     batch_size: int | None = None
     generation: GenerationConfig = GREEDY
     draws: int = 1
+    world: World = ALONE
 
 
 def complete(
@@ -146,14 +149,26 @@ def complete(
         )
         for example in examples
     ]
-    done = {} if kept is None else kept.read(len(examples), settings.draws)
+    world = settings.world
+    done = {} if kept is None or not world.is_first else kept.read(len(examples), settings.draws)
+    done = _made(world.told(_listed(done)))
     on_done(len(done))
     work = _Work(model, tokenizer, examples, cut, settings, requests, done, kept, on_done)
     for (limit, ends), draws in work.missing():
-        work.complete_alike(draws, limit, ends)
+        work.complete_alike(draws[world.rank :: world.size], limit, ends)
+    for others in world.collect(_listed(done)):
+        done |= _made(others)
     texts = [[done[i, draw][0] for i in range(len(examples))] for draw in range(settings.draws)]
     ran_long = sum(reason == "length" for _, reason in done.values())
     return Predictions(texts[0], ran_long, texts[1:], sum(request.trimmed for request in requests))
+
+
+def _listed(made: Made) -> list[Any]:
+    return [[*draw, *found] for draw, found in made.items()]
+
+
+def _made(listed: list[Any]) -> Made:
+    return {(example, draw): (text, ended) for example, draw, text, ended in listed}
 
 
 @dataclass

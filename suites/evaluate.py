@@ -88,7 +88,9 @@ from suites.tokens import (
     tokens_of,
     train_ngram,
 )
+from training.distributed import ALONE, World, of_rank
 from training.run import TrainedRun, hold_run, load_run, run_folder
+from training.shared_data import receive, send
 
 TOKEN_ROWS = 16  # Rows at a time, for token scores.
 
@@ -103,6 +105,7 @@ class Evaluation:
         data: The run's data; None for a published model.
         baseline: The n-gram model of the run's training files; None without these.
         models: The metrics that a model computes, by name.
+        world: The processes that share the work of the model; the first alone scores what all have made.
     """
 
     settings: EvalConfig
@@ -110,6 +113,7 @@ class Evaluation:
     data: PreparedData | None
     baseline: NGramModel | None
     models: dict[str, Metric]
+    world: World = ALONE
 
     @property
     def systems(self) -> tuple[str, ...]:
@@ -122,11 +126,13 @@ class Evaluation:
 # --- what is evaluated -------------------------------------------------------------------------------
 
 
-def evaluate(settings: EvalConfig, data: PreparedData | None = None) -> dict[str, Any]:
+def evaluate(settings: EvalConfig, data: PreparedData | None = None, world: World = ALONE) -> dict[str, Any]:
     """Evaluate, and return everything that eval.json stores but for the command and versions.
 
     Args:
         data: The run's data, where they are open; else they are read again.
+        world: The processes that share the work of the model. Each calls this function; what it returns is
+            whole in the first one alone.
 
     Raises:
         ValueError: There is no such run, checkpoint, model or suite, the data are not those that it was
@@ -160,12 +166,14 @@ def evaluate(settings: EvalConfig, data: PreparedData | None = None) -> dict[str
         refuse_unusable_problems(of_files[0], settings)
         sandbox.isolation(settings.allow == "unsandboxed")
     device = choose_device(settings.device)
-    precision = choose_precision(device, settings.precision)
+    precision = of_rank(choose_precision(device, settings.precision), world)
+    if world.size > 1 and (is_pipe(settings.suite_file) or is_pipe(settings.predictions)):
+        raise ValueError("a pipe can be read by one process alone; give a file")
     if settings.held != "full":
         precision = dataclasses.replace(precision, reason=f"{precision.reason}; matrices in {settings.held}")
     if settings.checkpoint is not None:
-        return evaluate_run(settings, names, precision, data)
-    return evaluate_published(settings, names, precision)
+        return evaluate_run(settings, names, precision, data, world)
+    return evaluate_published(settings, names, precision, world)
 
 
 def allowed_faults(settings: EvalConfig) -> tuple[str, ...]:
@@ -179,7 +187,11 @@ def is_pipe(path: str | None) -> bool:
 
 
 def evaluate_run(
-    settings: EvalConfig, names: tuple[str, ...], precision: Precision, data: PreparedData | None = None
+    settings: EvalConfig,
+    names: tuple[str, ...],
+    precision: Precision,
+    data: PreparedData | None = None,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Evaluate a run's checkpoint by its held-out files, or by a suite with a file of its own."""
     assert settings.checkpoint is not None
@@ -195,20 +207,17 @@ def evaluate_run(
         weights,
         precision,
     )
-    models = judges(evaluated, settings)
+    models = judges(evaluated, settings) if world.is_first else {}
     at_the_end = data is not None  # Of the run, whose start has compared the model.
     if data is None:
-        try:
-            data = data_of(run, settings)
-        except ValueError as error:  # Its sentence names training's flag.
-            raise ValueError(str(error).replace("--data.source", "--source")) from None
+        data = shared_data_of(run, settings, world)
     if not names:
         names = (TOKENS, "pairs" if data.test.holds_examples else "next_line")
     if settings.predictions is not None:
         names = tuple(name for name in names if name != TOKENS)
     if settings.samples == 0:
         names = tuple(name for name in names if name == TOKENS)
-    store, baseline = data.test, train_ngram(data.train)
+    store, baseline = data.test, train_ngram(data.train) if world.is_first else None
     result: dict[str, Any] = {
         "run": str(run.folder),
         "step": run.step,
@@ -218,18 +227,20 @@ def evaluate_run(
         "side": store.split,
         "files": store.n_documents,
         "bytes": store.n_bytes,
-        "n-gram order": baseline.order,
+        "n-gram order": baseline.order if baseline is not None else None,
     }
     tasks = tasks_of(names, evaluated, data, settings)  # A suite that cannot be evaluated is refused here.
     worded = worded_tasks(tasks, run, evaluated, data, settings)
-    if not at_the_end and settings.predictions is None:
+    if not at_the_end and settings.predictions is None and world.is_first:
         opened = Opened(Path(settings.checkpoint), run.model, run.tokenizer, settings.which)
         consult(opened, (), allowed_faults(settings), settings.cache)
+    evaluation = Evaluation(settings, evaluated, data, baseline, models, world)
     if TOKENS in names:
-        add_token_scores(result, evaluated, data, baseline, settings)
-    evaluation = Evaluation(settings, evaluated, data, baseline, models)
+        add_token_scores(result, evaluation)
     add_suites(result, evaluation, tasks)
     add_worded(result, evaluation, worded)
+    if not world.is_first:
+        return result
     for record in suites_of(result):
         record["training_overlap"] = training_overlap(record, data.train, run.tokenizer)
         if settings.memorisation:
@@ -239,7 +250,25 @@ def evaluate_run(
     return result
 
 
-def evaluate_published(settings: EvalConfig, names: tuple[str, ...], precision: Precision) -> dict[str, Any]:
+def shared_data_of(run: TrainedRun, settings: EvalConfig, world: World) -> PreparedData:
+    """Return the data of a run, which of several processes the first reads, and the others open its store.
+
+    Raises:
+        ValueError: They are not those that the run was trained on.
+    """
+    if not world.is_first:
+        return receive(world)[2]
+    try:
+        data = data_of(run, settings)
+    except ValueError as error:  # Its sentence names training's flag.
+        raise ValueError(str(error).replace("--data.source", "--source")) from None
+    send(world, dataclasses.replace(run.config, data=data_config(run, settings)), run.tokenizer, data)
+    return data
+
+
+def evaluate_published(
+    settings: EvalConfig, names: tuple[str, ...], precision: Precision, world: World
+) -> dict[str, Any]:
     """Evaluate a published model, or predictions made elsewhere, by suites with a file of their own."""
     elsewhere = settings.model is None
     name = settings.predictions if elsewhere else settings.model
@@ -261,11 +290,12 @@ def evaluate_published(settings: EvalConfig, names: tuple[str, ...], precision: 
         }
     tasks = tasks_of(names, evaluated, None, settings)
     worded = worded_tasks(tasks, None, evaluated, None, settings)
-    if evaluated is not None and settings.model is not None:
+    if evaluated is not None and settings.model is not None and world.is_first:
         place, adapter = Path(settings.model), settings.adapter or ""
         opened = Opened(place, evaluated.model, evaluated.tokenizer, adapter=adapter)
         consult(opened, (), allowed_faults(settings), settings.cache)
-    evaluation = Evaluation(settings, evaluated, None, None, judges(evaluated, settings))
+    models = judges(evaluated, settings) if world.is_first else {}
+    evaluation = Evaluation(settings, evaluated, None, None, models, world)
     add_suites(result, evaluation, tasks)
     add_worded(result, evaluation, worded)
     return result
@@ -274,18 +304,14 @@ def evaluate_published(settings: EvalConfig, names: tuple[str, ...], precision: 
 # --- scores ------------------------------------------------------------------------------------------
 
 
-def add_token_scores(
-    result: dict[str, Any],
-    evaluated: EvaluatedModel,
-    data: PreparedData,
-    baseline: NGramModel,
-    settings: EvalConfig,
-) -> None:
+def add_token_scores(result: dict[str, Any], evaluation: Evaluation) -> None:
     """Put the token scores of the model, its base and the n-gram model into `result`, with intervals."""
-    store, rows = data.test, settings.batch_size or TOKEN_ROWS
+    evaluated, data, world = evaluation.evaluated, evaluation.data, evaluation.world
+    assert evaluated is not None and data is not None
+    store, rows = data.test, evaluation.settings.batch_size or TOKEN_ROWS
 
     def of_model() -> Any:
-        return model_scores(evaluated.model, store, rows, evaluated.length, evaluated.precision)
+        return model_scores(evaluated.model, store, rows, evaluated.length, evaluated.precision, world)
 
     found = {"model": of_model()}
     scores = found["model"][0]
@@ -297,7 +323,9 @@ def add_token_scores(
     if evaluated.adapted:
         with adapters_disabled(evaluated.model):
             found["base"] = of_model()
-    found["n-gram"] = ngram_scores(baseline, store, evaluated.length)
+    if evaluation.baseline is None:  # Of several processes not the first.
+        return
+    found["n-gram"] = ngram_scores(evaluation.baseline, store, evaluated.length)
     result |= {name: token_values(scores, store.n_bytes) for name, (scores, _) in found.items()}
     documents = {
         "names": store.names,
@@ -305,7 +333,7 @@ def add_token_scores(
         "bytes": store.byte_lengths.tolist(),
         **{key: {name: sums[key].tolist() for name, (_, sums) in found.items()} for key in KEPT},
     }
-    add_intervals(result, documents, settings.seed)
+    add_intervals(result, documents, evaluation.settings.seed)
 
 
 def refuse_unusable_problems(suite: str, settings: EvalConfig) -> None:
@@ -427,6 +455,7 @@ def sampling(settings: EvalConfig, stop: Sequence[str]) -> GenerationConfig:
 def suite_record(result: dict[str, Any], evaluation: Evaluation, task: Task) -> dict[str, Any]:
     """Return the record of one suite: every system's predictions, and their scores.
 
+    Of several processes the first alone does more than its share of the model's predictions.
     The files that keep the predictions until eval.json is written are added to `result["kept"]`.
     """
     settings, evaluated, examples = evaluation.settings, evaluation.evaluated, task.examples
@@ -438,6 +467,8 @@ def suite_record(result: dict[str, Any], evaluation: Evaluation, task: Task) -> 
         for system in evaluation.systems:
             predictions[system], kept = model_predictions(evaluation, task, system, how)
             result.setdefault("kept", []).append(str(kept.path))
+    if not evaluation.world.is_first:
+        return {}
     if evaluation.baseline is not None:
         predictions["n-gram"] = ngram_predictions(evaluation, task)
     predictions |= answers(task.baselines(examples))
@@ -474,6 +505,7 @@ def model_predictions(
         settings.batch_size,
         how,
         settings.samples_per_example,
+        evaluation.world,
     )
     made_by = made_by_of(evaluated, task, system, completion)
     kept = Kept(Path(settings.cache) / "predictions", f"{name}-{system}", made_by)
@@ -566,8 +598,12 @@ def run_programs(task: Task, predictions: dict[str, Predictions], settings: Eval
         )
 
 
-def write_evaluation(settings: EvalConfig) -> Path:
-    """Evaluate, print the table, and write eval.json and its page into the run's folder; return its path."""
+def write_evaluation(settings: EvalConfig, world: World = ALONE) -> Path:
+    """Evaluate, print the table, and write eval.json and its page into the run's folder; return its path.
+
+    Args:
+        world: The processes that share the work of the model. Each calls this function; the first writes.
+    """
     if settings.report is not None:
         page = rewrite_page(Path(settings.report))
         print(f"written to {page}")
@@ -575,7 +611,7 @@ def write_evaluation(settings: EvalConfig) -> Path:
     if settings.out is not None:  # A folder that cannot be made is told before anything takes time.
         Path(settings.out).mkdir(parents=True, exist_ok=True)
     try:
-        result = evaluate(settings)
+        result = evaluate(settings, world=world)
     except KeyboardInterrupt:
         folder = Path(settings.cache) / "predictions"
         if any(folder.glob("eval-*.jsonl")):
@@ -583,6 +619,8 @@ def write_evaluation(settings: EvalConfig) -> Path:
                 f"what was predicted is kept in {folder}; the same command goes on from it", file=sys.stderr
             )
         raise
+    if not world.is_first:
+        return results_path(result, settings)
     what = settings.model or (settings.predictions if result["run"] is None else result["run"])
     step = "" if result["step"] is None else f", step {result['step']}"
     print(f"{what}{step}, {result['precision']}")

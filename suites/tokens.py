@@ -16,7 +16,8 @@ from data.ngram import NGramModel
 from data.tokenstore import TokenStore
 from dataset import IGNORE_INDEX, Batch, as_shown, numbered_batches, shown
 from modules.precision import Precision
-from training.loss import TokenScores, score
+from training.distributed import ALONE, World, in_turns
+from training.loss import BatchSums, TokenScores, sums_of_batches, total
 
 # The n-gram model's training takes about 170 bytes a token at its peak; where there are more tokens than
 # these, it reads evenly spread documents.
@@ -33,19 +34,28 @@ Sums = dict[str, np.ndarray]  # The values of these keys, (n_documents,) each.
 
 
 def model_scores(
-    model: Decoder, store: TokenStore, batch_size: int, row_length: int, precision: Precision
+    model: Decoder,
+    store: TokenStore,
+    batch_size: int,
+    row_length: int,
+    precision: Precision,
+    world: World = ALONE,
 ) -> tuple[TokenScores, Sums]:
     """Score every token by the model; return the scores and the sums of each document.
 
     Args:
         batch_size: Rows at a time.
         row_length: Tokens of a row, as in training.
+        world: The processes that share the batches; all get the scores. A document's sums differ from those
+            of one process by the order in which its tokens are added.
     """
     sums = {key: np.zeros(store.n_documents) for key in KEPT}
     numbers: list[np.ndarray] = []
 
     def batches() -> Iterator[Batch]:
-        for batch, documents in numbered_batches(store, batch_size, row_length):
+        for batch, documents in numbered_batches(
+            store, batch_size, row_length, rank=world.rank, world_size=world.size
+        ):
             numbers.append(documents[(batch.labels != IGNORE_INDEX).numpy()])
             yield batch
 
@@ -54,7 +64,10 @@ def model_scores(
         for key, of_tokens in zip(KEPT, (nll, target_rank < 1, target_rank < 5), strict=True):
             np.add.at(sums[key], owner, of_tokens.double().cpu().numpy())
 
-    return score(model, batches(), precision, on_batch), sums
+    own = [tuple(found) for found in sums_of_batches(model, batches(), precision, on_batch)]
+    shares = world.collect([own, {key: values.tolist() for key, values in sums.items()}])
+    scores = total(BatchSums(*found) for found in in_turns([share for share, _ in shares]))
+    return scores, {key: np.sum([of_rank[key] for _, of_rank in shares], axis=0) for key in KEPT}
 
 
 def train_ngram(train: TokenStore) -> NGramModel:

@@ -228,7 +228,7 @@ def test_every_family_refuses_absurd_configs_by_value_error():
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown family": ({"model_type": "mamba"}, "has model_type 'mamba'; known are gpt_bigcode, codegen"),
     "SantaCoder's own class": (
-        {"model_type": "gpt2", "auto_map": {"AutoModelForCausalLM": "modeling_gpt2_mq.GPT2LMHeadCustomModel"}},
+        {"model_type": "gpt2", "auto_map": {"AutoModelForCausalLM": "modeling_gpt2_mq.OtherModel"}},
         "has model_type 'gpt2'; known are gpt_bigcode, codegen",
     ),
     "family of another type": ({"model_type": ["llama"]}, "has model_type"),

@@ -26,14 +26,14 @@ from guards.faults import Fault
 from guards.preflight import TOGETHER, preflight, record_overrides
 from guards.ranks import disagreement
 from lora import trainable_table
-from modules.precision import Precision, choose_device, keep_freed_memory, release_freed_memory
+from modules.precision import Precision, keep_freed_memory, release_freed_memory
 from modules.quantized_linear import n_weights
 from pretrained import Pretrained
 from tokenizer import Tokenizer, load_tokenizer
 from training.announcements import checked_groups, say_data, say_groups
 from training.beforehand import refuse_mistakes
 from training.checkpoint import read_run_file
-from training.distributed import ALONE, World
+from training.distributed import ALONE, World, of_rank
 from training.loop import UNOBSERVED, Observer, TrainingManager
 from training.random_state import seed_everything
 from training.run import gaps_began_bare, open_base, starting_model, starting_tokenizer, with_base_config
@@ -71,21 +71,6 @@ def train(
     with claimed_folder(config) if world.is_first else contextlib.nullcontext() as folder:
         folder = Path(world.told(folder and str(folder)))
         return _train_in(folder, with_data_resolved(config, folder), precision, observer, is_preset, world)
-
-
-def of_rank(precision: Precision, world: World) -> Precision:
-    """Return the precision of a run on the device of this process, of several on a machine its own GPU.
-
-    Raises:
-        ValueError: There are fewer GPUs than processes.
-    """
-    if world.size == 1 or precision.device.type == "cpu":
-        return precision
-    if precision.device.index is not None:
-        raise ValueError(
-            f"--device {precision.device} is one GPU, and {world.size} processes need one each; take cuda"
-        )
-    return replace(precision, device=choose_device(f"cuda:{world.local_rank}"))
 
 
 def _train_in(

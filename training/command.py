@@ -28,7 +28,8 @@ class RunEnd(NamedTuple):
 def run_to_its_end(config: Config, observer: Observer = UNOBSERVED) -> RunEnd:
     """Train and report, or make what a run lacks whose training is done.
 
-    Of the processes that torchrun started each calls this function; the first one alone reports.
+    Of the processes that torchrun started each calls this function; they share the final scores, and the
+    first one alone reports.
 
     Args:
         observer: Functions that the training loop calls.
@@ -41,6 +42,10 @@ def run_to_its_end(config: Config, observer: Observer = UNOBSERVED) -> RunEnd:
             manager = train(config, observer, world=world)
         except BudgetUsed as used:  # With --overfit: the proof is made once more.
             manager = used.manager
+        stopped = manager.stop_signal is not None and manager.progress() < 1
+        if world.size > 1 and not world.told(stopped or config.train.overfit):
+            report(manager, world=world)
+            return RunEnd(manager.folder, 0)
     manager.world = ALONE
     if not world.is_first:
         return RunEnd(manager.folder, 0)

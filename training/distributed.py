@@ -25,11 +25,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -39,6 +40,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from config.console import under_torchrun
+from modules.precision import Precision, choose_device
 from training.signals import RankLost
 
 T = TypeVar("T")
@@ -106,6 +108,10 @@ class World:
         words = [torch.empty_like(padded) for _ in range(self.size)]
         self.together(lambda: dist.all_gather(words, padded))
         return [json.loads(bytes(word.tolist())) for word in words]
+
+    def collect(self, value: Any) -> list[Any]:
+        """Return every rank's value, by rank, when it says it: it may have worked for hours. Sent as JSON."""
+        return [self.told(value, by) for by in range(self.size)]
 
     def told(self, value: Any = None, by: int = 0) -> Any:
         """Return what one rank says, when it says it: it may have worked for hours. It is sent as JSON.
@@ -219,6 +225,26 @@ def _silent() -> Iterator[None]:
         contextlib.redirect_stderr(nowhere),
     ):
         yield
+
+
+def of_rank(precision: Precision, world: World) -> Precision:
+    """Return the precision on the device of this process, which of several on a machine is its own GPU.
+
+    Raises:
+        ValueError: There are fewer GPUs than processes.
+    """
+    if world.size == 1 or precision.device.type == "cpu":
+        return precision
+    if precision.device.index is not None:
+        raise ValueError(
+            f"--device {precision.device} is one GPU, and {world.size} processes need one each; take cuda"
+        )
+    return replace(precision, device=choose_device(f"cuda:{world.local_rank}"))
+
+
+def in_turns(shares: list[list[T]]) -> list[T]:
+    """Return one list of which the ranks have had a value each in turns, rank 0 the first."""
+    return [value for row in itertools.zip_longest(*shares) for value in row if value is not None]
 
 
 def shared_rows(world: World, matrices: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import sys
 import time
@@ -44,7 +43,7 @@ from training.checkpoint import (
     remove_superseded,
     save_checkpoint,
 )
-from training.distributed import ALONE, World, shared_rows
+from training.distributed import ALONE, World, in_turns, shared_rows
 from training.log import Log, say, show_progress, training_bar
 from training.loss import BatchSums, TokenLoss, TokenScores, sums_of_batches, token_loss, total
 from training.optim import Muon, build_optimizers, learning_rate_factor, orthogonalise
@@ -404,8 +403,7 @@ class TrainingManager:
         The sums of these are added in the order that one process has.
         """
         own = [tuple(sums) for sums in sums_of_batches(self.model, batches, self.eval_precision)]
-        parts = itertools.zip_longest(*self.world.gather(own))
-        return total(BatchSums(*sums) for part in parts for sums in part if sums is not None)
+        return total(BatchSums(*sums) for sums in in_turns(self.world.gather(own)))
 
     def validation_batches(self, limit: int = 0, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Yield the batches that `validate` reads, or those of one of several processes."""

@@ -23,6 +23,7 @@ from suites.functions import sample_completions
 from suites.records import read_evaluation
 from suites.settings import EvalConfig
 from training.curves import draw_curves
+from training.distributed import ALONE, World
 from training.loggers import log_scores, places
 from training.loop import TrainingManager
 from training.outputs import OUTPUTS, note_made
@@ -41,13 +42,21 @@ class EndedRun:
     failed_loggers: frozenset[str] = frozenset()
 
 
-def report(manager: TrainingManager | EndedRun, missing: Collection[str] = tuple(OUTPUTS)) -> None:
+def report(
+    manager: TrainingManager | EndedRun, missing: Collection[str] = tuple(OUTPUTS), world: World = ALONE
+) -> None:
     """Make scores of the best checkpoint, samples, pictures and the adapter, and print where they are.
 
     Args:
         missing: The names in OUTPUTS of what is made now; the others are there.
+        world: The processes that share the scores. Each calls this function; the first makes the rest.
     """
     folder = manager.folder
+    # Of several processes each takes its own device of this kind.
+    device = manager.device if world.size == 1 else torch.device(manager.device.type)
+    if not world.is_first:
+        evaluate(final_settings(folder, manager.config, device), manager.data, world)
+        return
     run = load_run(folder)
     wrong_adapter: Fault | None = None
     if run.family is not None and "adapter" in missing:
@@ -56,8 +65,8 @@ def report(manager: TrainingManager | EndedRun, missing: Collection[str] = tuple
         except Fault as fault:  # Scores and samples are made all the same: they are the checkpoint's.
             wrong_adapter = fault
     if "scores" in missing:
-        settings = final_settings(folder, manager.config, manager.device)
-        scores = evaluate(settings, manager.data)
+        settings = final_settings(folder, manager.config, device)
+        scores = evaluate(settings, manager.data, world)
         print(f"\nbest checkpoint, step {run.step}, on all {scores['side']} files\n{table(scores)}")
         write_results(scores, settings)
         note_made(folder, "scores")
