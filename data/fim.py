@@ -167,14 +167,29 @@ def _between_characters(text: str, place: int) -> int:
 def in_text_order(ids: np.ndarray, markers: tuple[int, int, int] | None) -> np.ndarray:
     """Return the ids (n,) of a plain document; one with a gap is put together again, without markers.
 
-    The eos of a document with a gap then stands before its suffix. With the suffix first nothing stands
-    before its marker, and the prefix before the middle, so that the same parts are put together.
+    The eos of a document with a gap then stands before its suffix.
+    """
+    return np.concatenate(parts_in_text_order(ids, markers))
+
+
+def text_of_document(tokenizer: Tokenizer, ids: np.ndarray) -> str:
+    """Return the text of a plain document's ids (n,), of which each part of one with a gap is decoded alone."""
+    parts = parts_in_text_order(ids, known_markers(tokenizer))
+    return "".join(tokenizer.decode(part.tolist()) for part in parts)
+
+
+def parts_in_text_order(ids: np.ndarray, markers: tuple[int, int, int] | None) -> tuple[np.ndarray, ...]:
+    """Return the ids of a plain document, or of one with a gap its prefix, middle and suffix, as in the text.
+
+    Each part decodes to its text, and all at once may not: a `code` tokenizer implies spaces between words.
+    With the suffix first nothing stands before its marker, and the prefix before the middle, so that the same
+    parts are put together.
     """
     start = gap_start(ids, markers)
     if markers is None or start is None:
-        return ids
+        return (ids,)
     first, second = (int(np.flatnonzero(ids == id)[0]) for id in markers[1:])
-    return np.concatenate((ids[start + 1 : first], ids[second + 1 :], ids[first + 1 : second]))
+    return ids[start + 1 : first], ids[second + 1 :], ids[first + 1 : second]
 
 
 def fim_end_ids(tokenizer: Tokenizer) -> frozenset[int]:

@@ -12,7 +12,7 @@ from itertools import islice
 import numpy as np
 from rapidfuzz import fuzz
 
-from data.fim import in_text_order, known_markers
+from data.fim import text_of_document
 from data.shingles import Units, Words, batches, mixed
 from data.tokenstore import TokenStore
 from suites.scoring import Example
@@ -135,9 +135,8 @@ def places_of(store: TokenStore, tokenizer: Tokenizer, spans: Spans) -> list[Exa
     draw = np.random.Generator(np.random.PCG64(0))
     numbers = _spread(store.n_documents, FILES).tolist()
     places: list[Example] = []
-    markers = known_markers(tokenizer)  # Training puts these around gaps that it fills.
     for number in numbers:
-        text = tokenizer.decode(in_text_order(store.document(number), markers).tolist())
+        text = text_of_document(tokenizer, store.document(number))
         for start, end in islice(spans(text, draw), -(-NEIGHBOURS // len(numbers))):
             before, after = text[max(0, start - 2 * AROUND) : start], text[end : end + 2 * AROUND]
             places.append(Example(store.names[number], start + 1, before, text[start:end], after))

@@ -37,6 +37,7 @@ from data.fim import (
     gap_of,
     gap_start,
     in_text_order,
+    text_of_document,
     trim_fim_prompt,
 )
 from data.tokenstore import TokenStore, build_store
@@ -53,6 +54,7 @@ from selftest import data
 from selftest.prove_resume import run_difference
 from selftest.run import small_config
 from suites.tokens import ngram_scores, train_ngram
+from tokenizer import CodeTokenizer
 from training.begin import train
 
 GAPS = [
@@ -172,6 +174,21 @@ def test_a_share_of_the_documents_has_a_gap_anywhere():
     assert starts.min() <= 2 and ends.max() >= 98
     # The hash is the same on every machine, in every version.
     assert gap_of("def f(x):\n    return x\n", 1.0) == (13, 17)
+
+
+def test_the_text_of_a_document_with_a_gap_inside_a_word_is_its_own(tmp_path: Path) -> None:
+    """All ids at once gave `cla ss`, of which the second opinion learned another tokenizer."""
+    texts = [
+        f'def f{n}(x):\n    """Doc {n}."""\n    return x\n\n\nclass C{n}:\n    a = {n}\n' for n in range(60)
+    ]
+    rows = [{"text": text, "path": f"p{n}"} for n, text in enumerate(texts)]
+    config = settings_for(write_rows(tmp_path / "rows.jsonl", rows), fim_rate=1.0)
+    tokenizer = CodeTokenizer.train(texts, 600)
+    store, markers = prepare_data(config, tokenizer).train, fim_markers(tokenizer)
+    stored = [store.document(n) for n in range(store.n_documents)]
+    written = [document.text for split, document in split_documents(config) if split == "train"]
+    assert [text_of_document(tokenizer, ids) for ids in stored] == written
+    assert [tokenizer.decode(in_text_order(ids, markers).tolist()) for ids in stored] != written
 
 
 def test_plain_documents_get_gaps_and_stay_what_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.fim import in_text_order, known_markers
+from data.fim import text_of_document
 from guards.reference.comparison import Comparison
 from guards.subject import GuardSubject
 from reference import code_learning, learning
@@ -129,7 +129,6 @@ def _characters(stored: Stored) -> int:
 
 def _texts(subject: GuardSubject, stored: Stored, number: int) -> Iterator[str]:
     """Yield the texts of a document: of an example the prompt and the completion."""
-    markers = known_markers(subject.tokenizer)
     ids, prompt, cut = stored.document(number), int(stored.prompts[number]), int(stored.cuts[number])
     if cut >= 0:
         whole = subject.tokenizer.decode(ids)
@@ -137,7 +136,7 @@ def _texts(subject: GuardSubject, stored: Stored, number: int) -> Iterator[str]:
     elif prompt:
         yield from (subject.tokenizer.decode(part) for part in (ids[:prompt], ids[prompt:]))
     else:
-        yield subject.tokenizer.decode(in_text_order(np.array(ids), markers))
+        yield text_of_document(subject.tokenizer, np.array(ids))
 
 
 def _sampled(subject: GuardSubject, stored: Stored) -> Iterator[str]:
