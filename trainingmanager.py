@@ -6,6 +6,7 @@ With no arguments it trains for 300 seconds on the interpreter's own standard li
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -22,9 +23,12 @@ HOMES = {"TrainingManager": "training.loop", "train": "training.begin"}
 def command_line(words: list[str]) -> list[str]:
     """Return the words of a command, after those of the run's own settings where it is resumed.
 
-    `--resume auto` becomes true or false by whether the run has a checkpoint.
+    `--resume auto` becomes true or false by whether the run has a checkpoint. With `--prepare`, `--out` is
+    `--data.store`.
     """
     flags = flags_of(CONFIG_GROUPS)
+    if "--prepare" in words:
+        words = [re.sub(r"^--out(?=$|=)", "--data.store", word) for word in words]
     if asks_for_help(words, flags):
         return words
     words, is_auto = without_auto(words)

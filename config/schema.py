@@ -86,6 +86,9 @@ class DataConfig:
             below it, but none that is open or was used since the run began; 0 is no bound.
         workers: Processes that tokenise; 0 means one for each core.
         verify: Read all files of the source, even where their names, sizes and times are as recorded.
+        store: A folder that `--prepare` has written, with the tokenizer and the tokens; a run that is given
+            it needs no source, and takes the settings that the tokens were made with. With `--prepare` the
+            folder to write, which then has the short name `--out`.
     """
 
     source: str = setting("stdlib", on_resume=FREE)
@@ -109,6 +112,7 @@ class DataConfig:
     cache_gb: float = setting(20.0, at_least=0, on_resume=FREE)
     workers: int = setting(0, at_least=0, on_resume=FREE)
     verify: bool = setting(False, on_resume=FREE)
+    store: str | None = setting(None, on_resume=FREE)
 
     def resolved(self) -> DataConfig:
         """Return the settings with `regroup` decided, which no other code decides."""

@@ -3,6 +3,7 @@
     CACHE/tokens-KEY/            token stores (data/tokenstore.py), and the results of comparing them
     CACHE/tokenizers/KEY/        trained tokenizers
     CACHE/source-KEY.json        what a source was like when it was read (data/recorded.py)
+    CACHE/store-KEY.json         a prepared store that was hashed (data/storefolder.py)
     CACHE/groups-KEY.json        documents that belong together by their text (data/corpus.py)
     CACHE/products-KEY.json      the fastest products of a machine (modules/products.py)
     CACHE/predictions/           predictions of interrupted evaluations (suites/kept.py)
@@ -37,7 +38,7 @@ GB = 10**9
 # Nothing else is ever removed: --data.cache may name a folder that holds other things.
 ENTRIES = {
     "": r"\.?(tokens-[0-9a-f]{24}(-[0-9a-f]{32})?"
-    r"|(groups|source|products)-[0-9a-f]{32}\.json(\.([0-9a-f]{16}\.)?tmp)?)"
+    r"|(groups|source|store|products)-[0-9a-f]{32}\.json(\.([0-9a-f]{16}\.)?tmp)?)"
     r"(\.gone-[0-9a-f]{32})*",
     "tokenizers": r"\.?[0-9a-f]{32}(\.\d+)?(\.gone-[0-9a-f]{32})*",
     "predictions": r"\.?eval-.+-[0-9a-f]{32}\.jsonl(\.gone-[0-9a-f]{32})*",

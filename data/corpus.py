@@ -38,6 +38,8 @@ ROW_FILES = (".jsonl", ".jsonl.gz", ".parquet")
 
 def refuse_unreadable(config: DataConfig) -> None:
     """Raise ValueError for a source and settings that cannot be right, before a document is opened."""
+    if config.store is not None:
+        raise ValueError(f"{config.store} holds tokens and no texts; name the --data.source instead")
     source = Path(config.source)
     is_file = source.name.endswith(ROW_FILES) and source.is_file()
     if config.source != "stdlib" and not source.is_dir() and not is_file:

@@ -173,7 +173,7 @@ def in_text_order(ids: np.ndarray, markers: tuple[int, int, int] | None) -> np.n
 
 
 def text_of_document(tokenizer: Tokenizer, ids: np.ndarray) -> str:
-    """Return the text of a plain document's ids (n,), of which each part of one with a gap is decoded alone."""
+    """Return the text of a plain document's ids (n,); each part of one with a gap is decoded alone."""
     parts = parts_in_text_order(ids, known_markers(tokenizer))
     return "".join(tokenizer.decode(part.tolist()) for part in parts)
 

@@ -28,6 +28,7 @@ from data.corpus import training_texts
 from data.documents import Document, Report
 from data.fim import fim_markers, known_markers
 from data.run_documents import RunDocuments
+from data.storefolder import REMEDY, TOKENS, is_hashed, note_hashed, stored_tokenizer, with_stored
 from data.tokenstore import FORMAT, TokenStore, build_store, open_store
 from tokenization import healing
 from tokenization.chat import template_fingerprint, with_template
@@ -51,6 +52,8 @@ def refuse_unlearnable(settings: TokenizerConfig) -> None:
 def prepare_tokenizer(data: DataConfig | RunDocuments, settings: TokenizerConfig) -> Tokenizer:
     """Load `settings.path`, or train on the training files, cached by all that decides the result."""
     documents = data if isinstance(data, RunDocuments) else RunDocuments(data)
+    if documents.config.store is not None:
+        return load_tokenizer(stored_tokenizer(documents.config.store), as_saved=True)
     if settings.path is not None:
         return load_tokenizer(Path(settings.path)).with_start()
     if documents.record.first_chat:
@@ -129,7 +132,17 @@ def _store_key(config: DataConfig, tokenizer: Tokenizer, fingerprint: str, kind:
     """
     settings = dataclasses.asdict(config)
     # The last three decide labels and batches, and no tokens.
-    for name in ("source", "cache", "cache_gb", "workers", "loss_on", "order", "difficulty", "verify"):
+    for name in (
+        "source",
+        "store",
+        "cache",
+        "cache_gb",
+        "workers",
+        "loss_on",
+        "order",
+        "difficulty",
+        "verify",
+    ):
         del settings[name]
     if not (settings["heal"] and kind == "examples"):  # Stores from before the setting have this key.
         del settings["heal"]
@@ -147,6 +160,8 @@ def _store_key(config: DataConfig, tokenizer: Tokenizer, fingerprint: str, kind:
 
 
 def _store_folder(config: DataConfig, tokenizer: Tokenizer, fingerprint: str, kind: str) -> Path:
+    if config.store is not None:
+        return Path(config.store) / TOKENS
     return Path(config.cache) / f"tokens-{_store_key(config, tokenizer, fingerprint, kind)[:24]}"
 
 
@@ -155,7 +170,7 @@ def stored_data(config: DataConfig, tokenizer: Tokenizer, fingerprint: str) -> P
 
     None where there is no such store, or it is damaged. Its report has the fingerprint alone.
     """
-    config, report = config.resolved(), Report(fingerprint=fingerprint)
+    config, report = with_stored(config).resolved(), Report(fingerprint=fingerprint)
     for kind in KINDS:  # Only the source itself says what it holds.
         with contextlib.suppress(ValueError):  # Without a chat template there are no conversations.
             found = _verified(_store_folder(config, tokenizer, fingerprint, kind), tokenizer, report)
@@ -171,6 +186,30 @@ def _verified(folder: Path, tokenizer: Tokenizer, report: Report) -> PreparedDat
     for store in {prepared.train, prepared.validation, prepared.test}:
         store.refuse_other_index(tokenizer, report.fingerprint)
         store.verify()
+    return prepared
+
+
+def _prepared_before(config: DataConfig, tokenizer: Tokenizer, report: Report) -> PreparedData:
+    """Open the tokens of `config.store`, and compare their checksums if this machine has not done so before.
+
+    Raises:
+        ValueError: They are damaged, or those of another tokenizer.
+    """
+    assert config.store is not None
+    folder = Path(config.store) / TOKENS
+    try:
+        made_by = open_store(folder)[0].tokenizer_fingerprint
+        if made_by != tokenizer.fingerprint:
+            raise ValueError(
+                f"{config.store} holds the tokens of the tokenizer {made_by[:12]}, and this run's is "
+                f"{tokenizer.fingerprint[:12]}, that of its base"
+            )
+        if is_hashed(config):
+            return opened_data(folder, tokenizer, report)
+        prepared = _verified(folder, tokenizer, report)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{' '.join(str(error).split())}; {REMEDY}") from None
+    note_hashed(config)
     return prepared
 
 
@@ -237,7 +276,9 @@ def prepare_data(data: DataConfig | RunDocuments, tokenizer: Tokenizer) -> Prepa
     kind = "conversations" if record.first_chat else "examples" if record.holds_examples else "texts"
     target = _store_folder(config, tokenizer, documents.fingerprint, kind)
     prepared = None
-    if target.exists():
+    if config.store is not None:
+        prepared = _prepared_before(config, tokenizer, record.report)
+    elif target.exists():
         try:
             prepared = _verified(target, tokenizer, record.report)
         except ValueError as error:

@@ -44,7 +44,8 @@ SETTLED_NS = 2 * 10**9  # The coarsest clock of a file system that is known here
 WITH_CTIME = ("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs")
 MOUNTS = Path("/proc/self/mountinfo")
 # Settings that decide nothing of what is read and how it is split.
-NOT_READ_BY = ("source", "cache", "cache_gb", "workers", "heal", "fim_order", "order", "difficulty", "verify")
+NOT_READ_BY = ("source", "store", "cache", "cache_gb", "workers", "heal", "fim_order", "order", "difficulty")
+NOT_READ_BY += ("verify",)
 
 
 @dataclass
@@ -80,7 +81,7 @@ def recorded(config: DataConfig) -> SourceRecord | None:
     saved = read_sealed(_path(config))
     if saved is None:
         return None
-    record = _opened(saved)
+    record = from_plain(saved)
     files, (folder, names) = record.report.files, source_files(config)
     difference = "--data.verify" if config.verify else _difference(record, folder, names)
     if difference:
@@ -103,15 +104,20 @@ def recorded(config: DataConfig) -> SourceRecord | None:
 
 def write_record(config: DataConfig, record: SourceRecord) -> None:
     """Write the record of a source into the cache; do nothing if the cache cannot be written."""
+    write_sealed(_path(config), as_plain(record))
+
+
+def as_plain(record: SourceRecord) -> dict[str, Any]:
+    """Return a record as plain values."""
     files = [[name, *file.state, file.sha256] for name, file in record.report.files.items()]
-    saved = vars(record) | {
+    return vars(record) | {
         "report": vars(record.report) | {"files": files},
         "first_documents": [vars(document) | {"prompts": None} for document in record.first_documents],
     }
-    write_sealed(_path(config), saved)
 
 
-def _opened(saved: dict[str, Any]) -> SourceRecord:
+def from_plain(saved: dict[str, Any]) -> SourceRecord:
+    """Return the record of values by `as_plain`, which may have been JSON."""
     files = {name: ReadFile(FileState(*state), sha256) for name, *state, sha256 in saved["report"]["files"]}
     documents = [_document(**values) for values in saved["first_documents"]]
     report = Report(**saved["report"] | {"files": files})

@@ -16,6 +16,7 @@ from config.bars import progress_bar
 from data.corpus import split_documents, training_texts
 from data.documents import Document, Report, utf8
 from data.recorded import SourceRecord, recorded, write_record
+from data.storefolder import stored_record, with_stored
 
 FIRST_DOCUMENTS = 4  # The guard of prompts compares as many documents for training.
 # Texts in memory between the training of a tokenizer and tokenising. Of a larger source they are read again.
@@ -26,15 +27,16 @@ DOCUMENT_BYTES = 1000  # the memory that a document takes besides its text
 class RunDocuments:
     """The documents of a run, each in its split; nothing is read before it is needed.
 
-    The source is read once: texts stay in memory, up to `KEPT_BYTES`, until `release`. Where its files are as
-    recorded (data/recorded.py) it is read only for who needs the texts.
+    Of a store that was prepared (data/storefolder.py) there are no texts. Else the source is read once: texts
+    stay in memory, up to `KEPT_BYTES`, until `release`. Where its files are as recorded (data/recorded.py) it
+    is read only for who needs the texts.
 
     Raises:
         ValueError: Any use that reads raises the errors of `split_documents`, or that the source changed.
     """
 
     def __init__(self, config: DataConfig):
-        self.config = config.resolved()
+        self.config = with_stored(config).resolved()
         self._record: SourceRecord | None = None
         self._kept: list[tuple[str, Document]] | None = None
         self._digests: bytes | None = None  # the SHA-256 of each text for training, end to end
@@ -43,7 +45,8 @@ class RunDocuments:
     def record(self) -> SourceRecord:
         """What is known of the documents as a whole."""
         if self._record is None:
-            self._record = recorded(self.config)
+            store = self.config.store
+            self._record = recorded(self.config) if store is None else stored_record(store)
         return self._record or self._read()
 
     @property
@@ -82,6 +85,8 @@ class RunDocuments:
 
     def _read(self) -> SourceRecord:
         """Read the source, record it, and keep its texts if there is room."""
+        if self.config.store is not None:
+            raise ValueError(f"{self.config.store} holds tokens and no texts; name the --data.source instead")
         began, before, report = time.time_ns(), self._record, Report()
         record = SourceRecord(began, report)
         digests, kept = bytearray(), []

@@ -57,11 +57,13 @@ def data_of(run: TrainedRun, settings: EvalConfig) -> PreparedData:
 
 def data_config(run: TrainedRun, settings: EvalConfig) -> DataConfig:
     """Return the settings of the run's data: where they are read now, and this machine's cache."""
-    source = run.config.data.source if settings.source is None else settings.source
+    data = run.config.data
+    source = data.source if settings.source is None else settings.source
     # The run may be a stranger's: its config does not say where this machine writes, what it removes there,
     # nor how busy it gets.
+    store = data.store if source == data.source else None
     return dataclasses.replace(
-        run.config.data, source=source, cache=settings.cache, cache_gb=0.0, workers=DataConfig.workers
+        data, source=source, store=store, cache=settings.cache, cache_gb=0.0, workers=DataConfig.workers
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from config import Config, LoraConfig, refuse_unwritable
 from data.corpus import refuse_unreadable
 from data.prepare import refuse_unlearnable
+from data.storefolder import refuse_taken, with_stored
 from guards.faults import refuse_unknown_faults
 from lora import add_adapter
 from modules.precision import Precision, choose_device, choose_precision, evaluation_precision
@@ -46,7 +47,8 @@ def refuse_mistakes(config: Config, made_here: bool = False) -> Precision:
             f"--model.n_experts is {config.model.n_experts}, and nothing here balances experts that are "
             "trained from scratch; give --base a model that has them"
         )
-    if train.base is None and config.tokenizer.path is None and not made_here:
+    learns = train.base is None and config.tokenizer.path is None and not made_here
+    if learns and (config.data.store is None or train.prepare):
         refuse_unlearnable(config.tokenizer)
     precision = choose_precision(choose_device(train.device), train.precision)
     weight_dtype = torch.float32
@@ -56,9 +58,21 @@ def refuse_mistakes(config: Config, made_here: bool = False) -> Precision:
     evaluation_precision(precision, train.eval_precision, weight_dtype)
     refuse_unwritable(config.data.cache, "--data.cache", unless="tokens-*")
     if not made_here:
-        refuse_unreadable(config.data)
+        refuse_other_source(config)
         refuse_other_base(config)
     return precision
+
+
+def refuse_other_source(config: Config) -> None:
+    """Raise a ValueError for data that cannot be read, or a prepared store that is missing or in the way."""
+    data = config.data
+    if data.store is None or config.train.prepare:
+        refuse_unreadable(replace(data, store=None))
+        if data.store is not None:
+            refuse_taken(data.store)
+            refuse_unwritable(data.store, "--data.store", unless="*")
+    else:
+        with_stored(data)
 
 
 def refuse_other_base(config: Config) -> None:
