@@ -172,13 +172,21 @@ class RepositoryFiles:
         best = sorted(range(len(lines)), key=lambda i: (-shared[i], i))[:SHOWN_SIGNATURES]
         return "\n".join(lines[i] for i in sorted(best) if shared[i])
 
+    def places(self, query: str, most: int, but: str = "") -> list[tuple[str, int]]:
+        """Return (path, number of its first line) of pieces that share the query's words, the best first.
+
+        Args:
+            most: The number of pieces.
+            but: A file whose pieces are left out.
+        """
+        scores = self._nearby.scores(query, QUERY_WORDS)
+        return sorted((key for key in scores if key[0] != but), key=lambda key: (-scores[key], key))[:most]
+
     def nearest(self, path: str, query: str) -> list[tuple[str, str]]:
         """Return pieces of other files that share the query's words, the best first."""
-        scores = self._nearby.scores(query, QUERY_WORDS)
-        order = sorted((key for key in scores if key[0] != path), key=lambda key: (-scores[key], key))
         return [
             (name, "\n".join(self.texts[name].split("\n")[start : start + PIECE]).strip("\n"))
-            for name, start in order[:NEAREST]
+            for name, start in self.places(query, NEAREST, path)
         ]
 
     def pieces(self, path: str, prefix: str, suffix: str) -> list[tuple[str, str]]:

@@ -28,12 +28,13 @@ from data.context import RepositoryFiles, beside, context_of
 from data.fim import fim_markers
 from recipes.building import Counts, RecipeSettings, write_dataset
 from recipes.history import Cut, Reader, Snapshots, cut, split_of_file
-from recipes.written import KINDS, Known, Written, cases_of, chosen, gaps_of
+from recipes.line_search import searched
+from recipes.written import KINDS, LIMIT_TOKENS, Known, Written, cases_of, chosen, gaps_of
 from scraping.history import History, opened
 from tokenizer import Tokenizer
 
 FAMILY = "gpt_bigcode"
-EVALUATION: dict[str, Any] = {"metrics": "exact_match,edit_similarity"}
+EVALUATION: dict[str, Any] = {"metrics": "exact_match,edit_similarity", "memorisation": True}
 SMALL: dict[str, Any] = {
     "base_seconds": 180,
     "context_tokens": 128,
@@ -46,7 +47,6 @@ SMALL: dict[str, Any] = {
     "batch_size": 8,
     "accumulation": 1,
 }
-MIDDLE_TOKENS = 96  # of a gap; longer ones are left out
 LIKELY = {"line": 0.4, "rest": 0.3, "block": 0.3}  # Shares of the kinds among rows.
 RECENT = 2.0  # A file that was changed lately gives so many times the rows that another gives.
 FEWEST_CASES = 30
@@ -99,7 +99,7 @@ def longest(settings: RepositorySettings) -> int:
     Raises:
         ValueError: A number is out of range.
     """
-    least = settings.context_tokens + 2 * MIDDLE_TOKENS
+    least = settings.context_tokens + 2 * LIMIT_TOKENS
     if settings.row_tokens < least:
         raise ValueError(
             f"--row_tokens is {settings.row_tokens}; with --context_tokens {settings.context_tokens} it must "
@@ -139,7 +139,7 @@ def prompt_of(
 
 def room_of(settings: RepositorySettings, tokenizer: Tokenizer) -> int:
     """Return the tokens that context, prefix and suffix have together."""
-    return settings.row_tokens - MIDDLE_TOKENS - len(tokenizer.before(gap=True)) - 4 - SLACK
+    return settings.row_tokens - LIMIT_TOKENS - len(tokenizer.before(gap=True)) - 4 - SLACK
 
 
 SLACK = 12  # tokens by which texts may grow that are encoded together
@@ -147,7 +147,7 @@ SLACK = 12  # tokens by which texts may grow that are encoded together
 
 def row_of(case: Written, prompt: Prompt, tokenizer: Tokenizer) -> dict[str, Any] | None:
     """Return the row of a case with the prompt that is shown; None for a middle that is too long."""
-    if len(tokenizer.encode(case.middle)) >= MIDDLE_TOKENS:
+    if len(tokenizer.encode(case.middle)) >= LIMIT_TOKENS:
         return None
     return {
         "prefix": prompt.prefix,
@@ -202,6 +202,42 @@ def build(settings: RepositorySettings, tokenizer: Tokenizer, folder: Path) -> C
     counts = write_dataset(folder, rows, counts, "A repository, and what was written next", about)
     write_atomically(folder.parent / SAID, json.dumps(said, indent=1))
     return counts
+
+
+def evaluate(settings: RepositorySettings, scoring: Any, result: dict[str, Any]) -> str:
+    """Return the report on what was written next, and write the threshold into OUT/repository.json.
+
+    Args:
+        scoring: The EvalConfig of the scores. The annotation does not name it, since its import needs torch.
+    """
+    from recipes.foretold import report
+
+    text, threshold = report(scoring)
+    change_said(Path(scoring.source).parent, threshold=threshold)
+    return text
+
+
+def read_said(out: Path) -> dict[str, Any]:
+    """Return what OUT/repository.json says.
+
+    Raises:
+        ValueError: It is not there, or damaged.
+    """
+    path = out / SAID
+    try:
+        said = json.loads(path.read_text("utf-8"))
+        if isinstance(said, dict) and isinstance(said.get("source"), str):
+            return said
+    except FileNotFoundError:
+        raise ValueError(f"{out} has no {SAID}: no repository was learned there") from None
+    except ValueError:
+        pass
+    raise ValueError(f"{path} is damaged; restore it, or learn the repository anew with another --out")
+
+
+def change_said(out: Path, **more: Any) -> None:
+    """Put values into OUT/repository.json."""
+    write_atomically(out / SAID, json.dumps(read_said(out) | more, indent=1))
 
 
 def training_gaps(made: Cut, settings: RepositorySettings) -> list[Written]:
@@ -265,7 +301,8 @@ def _rows(
     """Return the rows of cases at one moment of the repository.
 
     Args:
-        mixed: Show every second one no other file, so that the model learns to do without.
+        mixed: Show every second one no other file, so that the model learns to do without: rows to learn.
+            Others have their prompt without other files too, and what a search answers.
     """
     found = []
     for number, case in enumerate(cases):
@@ -273,9 +310,12 @@ def _rows(
         row = row_of(case, prompt, tokenizer)
         counts.found += 1
         if row is None:
-            counts.drop(f"gap: of more than {MIDDLE_TOKENS} tokens")
-        else:
-            found.append(row)
+            counts.drop(f"gap: of more than {LIMIT_TOKENS} tokens")
+            continue
+        if not mixed:  # What the report asks besides.
+            row["alone"] = prompt_of(files, case, tokenizer, settings, shown=False)
+            row["searched"] = searched(files, case)
+        found.append(row)
     return found
 
 

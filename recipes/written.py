@@ -23,6 +23,7 @@ from recipes.history import Step, bare
 
 KINDS = ("line", "rest", "block")
 MOST_BLOCK = 8  # lines
+LIMIT_TOKENS = 96  # of what is written; longer ones are left out
 MOST_LINES = 10_000  # of a file; the comparison takes the product of two files' lines in bits
 LETTERS = 3  # A line with fewer letters and digits is no line to foretell.
 MOVED = 3  # Lines in a row that stand in the learned tree too, from which on an added piece counts as moved.
@@ -219,15 +220,16 @@ def gaps_of(path: str, text: str, commit: str = "") -> Iterator[Written]:
 
 def _block_end(lines: Sequence[str], i: int) -> int:
     """Return the number after the last line of the block that line `i` opens; i + 1 without one."""
-    depth, end = _depth(lines[i]), i + 1
+    outer, end = depth(lines[i]), i + 1
     for j in range(i + 1, min(len(lines), i + 2 + MOST_BLOCK)):
         if not lines[j].strip():
             continue
-        if _depth(lines[j]) <= depth:
+        if depth(lines[j]) <= outer:
             return end
         end = j + 1
     return end if end == len(lines) and end - i - 1 <= MOST_BLOCK else i + 1
 
 
-def _depth(line: str) -> int:
+def depth(line: str) -> int:
+    """Return the blanks that a line begins with."""
     return len(line) - len(line.lstrip())

@@ -11,8 +11,8 @@ from histories import FAIL, Made, drawer, shop
 from data.context import RepositoryFiles, beside, context_of, imported, outline
 from recipes.building import Counts
 from recipes.history import Edit, Step
-from recipes.repository import MIDDLE_TOKENS, RepositorySettings, build, check, longest, room_of
-from recipes.written import Known, Written, cases_of, chosen, gaps_of
+from recipes.repository import RepositorySettings, build, check, longest, room_of
+from recipes.written import LIMIT_TOKENS, Known, Written, cases_of, chosen, gaps_of
 from tokenizer import BPETokenizer
 
 KOTLIN = """import shop.Fail
@@ -156,7 +156,7 @@ def test_the_dataset_has_no_line_of_the_future_in_what_is_learned(
     )
     for row in rows["test"]:
         n = sum(len(tokenizer.encode(row[key])) for key in ("prefix", "suffix"))
-        assert n <= room_of(settings, tokenizer) + 8 and len(tokenizer.encode(row["middle"])) < MIDDLE_TOKENS
+        assert n <= room_of(settings, tokenizer) + 8 and len(tokenizer.encode(row["middle"])) < LIMIT_TOKENS
         future = added(made, row["commit"], said["head"])
         assert not [path for path in future if f"# {path}\n" in row["prefix"]], "of that moment, not of today"
 
