@@ -65,8 +65,12 @@ def wrong_with(document: SourceDocument, ids: list[int], n_prompt: int, spelled:
         return "the answer does not end at its first end token"
     for place, id in enumerate(answer):
         if id in spelled.marks:
-            if place + 1 < len(answer) and not _within(document.text, spelled.text(answer[:place])):
-                return f"a mark of a turn, {spelled.text([id])!r}, is a target before the answer"
+            before, mark = spelled.text(answer[:place]), spelled.text([id])
+            if place + 1 < len(answer) and not _within(document.text, before):
+                return f"a mark of a turn, {mark!r}, is a target before the answer"
+            if place + 1 < len(answer) and _within(before, document.text):
+                more = len(answer) - place - 1
+                return f"{more} targets stand behind {mark!r}, where the turn is over"
             break
     if spelled.is_exact:
         apart = [*spelled.ids(spelled.text(asked)), *spelled.ids(spelled.text(answer))]

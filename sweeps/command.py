@@ -43,10 +43,14 @@ def prepare(settings: SweepSettings) -> str:
     """
     from data.run_documents import RunDocuments
     from dataset import prepare_data, prepare_tokenizer
+    from tokenization.turn_end import end_turns
 
     documents = RunDocuments(settings.config.data)
     if settings.config.train.base is None:
-        prepare_data(documents, prepare_tokenizer(documents, settings.config.tokenizer))
+        tokenizer = prepare_tokenizer(documents, settings.config.tokenizer)
+        if documents.record.first_chat:
+            end_turns(tokenizer)  # As each trial does.
+        prepare_data(documents, tokenizer)
     return documents.fingerprint
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,22 +14,28 @@ import pyarrow.parquet as pq
 import pytest
 from test_chat import ASKS, MORE, SHAPES, SYSTEM, folder_of, theirs
 
-from config import DataConfig, TokenizerConfig
+from config import Config, DataConfig, TokenizerConfig
 from data import recorded
 from data.cache import read_sealed
 from data.corpus import read_documents
 from data.prepare import prepare_data, prepare_tokenizer, stored_data
 from data.run_documents import RunDocuments
 from data.tokenstore import TokenStore
+from generation.text import end_ids
 from guards.labels import example_in_row
 from reference.conversations import Spelled, wrong_with
 from reference.text import documents_of_rows
 from reference.tokens import read_tokenizer
+from selftest import data
+from selftest.run import small_config
 from suites.completing import completion_request
 from suites.pairs import file_task
 from suites.stored import text_of_example
 from suites.task import Given
+from tokenization.turn_end import end_turns
 from tokenizer import PretrainedTokenizer, load_tokenizer
+from training import begin
+from training.begin import train
 
 LONG = ASKS + MORE + [{"role": "assistant", "content": "for i in range(10):\n    pass"}]
 ROWS = [{"messages": LONG, "name": None}, {"messages": SYSTEM + ASKS + MORE[:1], "name": "b"}]
@@ -38,6 +45,7 @@ def opened(folder: Path) -> PretrainedTokenizer:
     """Return a tokenizer as a run has it."""
     found = load_tokenizer(folder).with_start()
     assert isinstance(found, PretrainedTokenizer)
+    end_turns(found)
     return found
 
 
@@ -197,6 +205,52 @@ def test_the_second_opinion_names_what_is_wrong(tmp_path: Path, said: str) -> No
     mark = ids[:n].index(ids[0], 1)
     last = max(place for place in range(n) if ids[place] == ids[mark])
     assert "a mark of a turn" in (wrong_with(document, ids, last, spelled) or "")
+
+
+def chat_run(folder: Path) -> Config:
+    """Return settings of a run with the tokenizer of phi3's shape, whose files name no end of a turn."""
+    folder_of(folder / "t", "phi3")
+    draw = random.Random(0)
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": data.function(draw)},
+                SAYS | {"content": data.function(draw)},
+            ]
+        }
+        for _ in range(60)
+    ]
+    config = small_config(folder, {"model": {"block_size": 200}})
+    held_out = replace(config.data, source=source(folder, rows).source)
+    return replace(config, data=held_out, tokenizer=TokenizerConfig("pretrained", path=str(folder / "t")))
+
+
+def test_a_run_learns_the_end_at_which_its_answers_end_when_served(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = chat_run(tmp_path)
+    manager = train(config)
+    said = capsys.readouterr().err
+    assert said.count("answers end with '<|end|>', as the chat template has it") == 1
+    tokenizer = load_tokenizer(Path(config.train.run) / "tokenizer", as_saved=True)
+    end = tokenizer.token_id("<|end|>")
+    store = manager.data.train
+    assert {int(store.document(number)[-1]) for number in range(store.n_documents)} == {end}
+    assert end in end_ids(tokenizer, None)
+    end_turns(tokenizer)  # As the server does it
+    assert not capsys.readouterr().err
+    config = replace(config, train=replace(config.train, resume=True, max_steps=config.train.max_steps + 1))
+    assert train(config).data.train.folder == store.folder
+    assert "answers end" not in capsys.readouterr().err
+
+
+def test_a_run_that_learns_more_than_the_end_of_a_turn_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: training does not know where answers end when they are served."""
+    monkeypatch.setattr(begin, "end_turns", lambda _: None)
+    with pytest.raises(ValueError, match=r"\d targets stand behind '<\|end\|>', where the turn is over"):
+        train(chat_run(tmp_path))
 
 
 def spelled_of(tokenizer: PretrainedTokenizer, folder: Path) -> Spelled:

@@ -26,7 +26,7 @@ from pretrained.save import save_tokenizer
 from suites.stored import text_of_example
 from tokenization.healing import Prompt
 from tokenizer import STARTS_GAPS, PretrainedTokenizer, Tokenizer, load_tokenizer
-from training.run import gaps_began_bare
+from training.run import as_begun
 
 transformers.logging.set_verbosity_error()
 
@@ -75,7 +75,9 @@ def test_older_bases_and_runs_keep_what_they_were_trained_with(
     assert older.prompt_ids("a")[0] == older.start_id
     STARCODER.save(tmp_path / "new" / "tokenizer")
     bare(tmp_path / "new" / "tokenizer", tmp_path / "run").rename(tmp_path / "tokenizer")
-    assert gaps_began_bare(tmp_path) and not gaps_began_bare(tmp_path / "new")
+    for folder, is_bare in ((tmp_path, True), (tmp_path / "new", False)):
+        as_begun(goes_on := load_tokenizer(ours), folder)
+        assert goes_on.bare_gaps == is_bare
     assert not load_tokenizer(tmp_path / "tokenizer").bare_gaps  # a published one, as transformers reads it
     assert isinstance(older, PretrainedTokenizer)
     for same in (older.with_tokens(["<|x|>"]), older.with_start(), older.within(older.vocab_size)):

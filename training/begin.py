@@ -29,6 +29,7 @@ from lora import trainable_table
 from modules.precision import Precision, keep_freed_memory, release_freed_memory
 from modules.quantized_linear import n_weights
 from pretrained import Pretrained
+from tokenization.turn_end import end_turns
 from tokenizer import Tokenizer, load_tokenizer
 from training.announcements import checked_groups, say_data, say_groups
 from training.beforehand import refuse_mistakes
@@ -36,7 +37,7 @@ from training.checkpoint import read_run_file
 from training.distributed import ALONE, World, of_rank
 from training.loop import UNOBSERVED, Observer, TrainingManager
 from training.random_state import seed_everything
-from training.run import gaps_began_bare, open_base, starting_model, starting_tokenizer, with_base_config
+from training.run import as_begun, open_base, starting_model, starting_tokenizer, with_base_config
 from training.runfolder import claimed_folder, refuse_changes, refuse_other_data, with_data_resolved
 from training.shared_data import receive, send
 from training.signals import RESUMABLE_MARK
@@ -162,7 +163,8 @@ def with_tokenizer(
 ) -> tuple[Config, Tokenizer]:
     """Return the settings with the model's whole shape, and the tokenizer, which decides its vocabulary.
 
-    The tokenizer heals prompts as the settings say, and begins texts with a gap as the run that goes on did.
+    The tokenizer heals prompts as the settings say; it ends answers of conversations where the server will,
+    and those, and the starts of texts with a gap, are as the run that goes on had them.
 
     Args:
         folder: The run's folder. A run that goes on is compared with its settings there.
@@ -201,7 +203,9 @@ def with_tokenizer(
     if resumes and not shape_is_known:
         refuse_changes(folder, config)
     if resumes:
-        tokenizer.bare_gaps = gaps_began_bare(folder)
+        as_begun(tokenizer, folder)
+    elif documents.record.first_chat:
+        end_turns(tokenizer)  # Before the answers are written, which end as those of the server do.
     tokenizer.heals, tokenizer.suffix_first = config.data.heal, config.data.fim_order == "spm"
     return config, tokenizer
 

@@ -192,10 +192,13 @@ def starting_tokenizer(config: Config, base: Pretrained) -> Tokenizer:
     return tokenizer.with_tokens(token for token in new if token not in there)
 
 
-def gaps_began_bare(folder: Path) -> bool:
-    """Return whether a run that goes on was begun when nothing stood before a text with a gap."""
+def as_begun(tokenizer: Tokenizer, folder: Path) -> None:
+    """Let texts with a gap start, and answers end, as in the run in a folder, which goes on."""
     path = folder / "tokenizer"
-    return path.is_dir() and read_run_file(path, lambda at: load_tokenizer(at, as_saved=True)).bare_gaps
+    own = read_run_file(path, lambda at: load_tokenizer(at, as_saved=True)) if path.is_dir() else None
+    tokenizer.bare_gaps = own is not None and own.bare_gaps
+    if own is not None:
+        tokenizer.eos_ids = own.eos_ids or tokenizer.eos_ids
 
 
 def _refuse_other_tokenizer(tokenizer: Tokenizer, own: Tokenizer, path: str, base: str) -> None:
