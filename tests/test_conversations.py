@@ -127,7 +127,7 @@ def test_parquet_and_records_hold_the_same_documents(tmp_path: Path) -> None:
     assert by_line == by_row and len(by_line) == 3
     RunDocuments(config).record  # noqa: B018
     saved = read_sealed(recorded._path(config.resolved()))
-    assert saved is not None and recorded._opened(saved).first_documents == by_line
+    assert saved is not None and recorded.from_plain(saved).first_documents == by_line
     derived = list(documents_of_rows(config))
     assert [(d.text, d.prompt, d.group, d.turns) for d in derived] == [
         (d.text, d.prompt, d.group, d.messages) for d in by_line
