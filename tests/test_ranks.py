@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import resource
 import signal
 import sys
 import time
@@ -23,7 +24,7 @@ from config import (
     parse_config,
 )
 from dataset import IGNORE_INDEX
-from training import distributed
+from training import distributed, loop
 from training.begin import train
 from training.checkpoint import checkpoints
 from training.command import run_to_its_end
@@ -188,6 +189,36 @@ def test_an_error_of_one_process_is_said_once_and_ends_all(config: Config, tmp_p
     assert "Traceback" not in ended[1].err and ended[2] == ended[3] == Ended(2, "", "")
     assert "cannot be read" not in ended[0].err and "hangs" not in ended[0].err
     assert [saved.step for saved in checkpoints(tmp_path / "run" / "checkpoints")] == [3]
+
+
+def test_a_disk_that_is_full_for_the_process_that_writes_ends_all_and_loses_nothing(
+    config: Config, tmp_path: Path
+) -> None:
+    """It fails at the second checkpoint; the first one is whole, and the run goes on from it."""
+    one = train(changed(config, run=str(tmp_path / "one")))
+    config = changed(config, save_every=2)
+
+    def until_full(world: World) -> None:
+        real = loop.save_checkpoint
+
+        def save(folder: Path, *args: Any, **named: Any) -> Any:
+            if world.is_first and any(folder.glob("step-*")):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+            return real(folder, *args, **named)
+
+        loop.save_checkpoint = save
+        train(config, world=world)
+
+    ended = on_ranks(2, shared(until_full), tmp_path)
+    assert [end.code for end in ended] == [2, 2], ended
+    assert "File too large" in ended[0].err and len(ended[0].err.splitlines()) == 1, ended
+    assert not ended[1].err
+    assert [found.step for found in checkpoints(Path(config.train.run) / "checkpoints")] == [2]
+    again = trained(2, changed(config, resume=True), tmp_path / "again")
+    assert [end.code for end in again] == [0, 0], again
+    expected = last_weights(one.folder)
+    for key, values in last_weights(Path(config.train.run)).items():
+        assert (values - expected[key]).abs().max() < 1e-4, key
 
 
 @pytest.mark.parametrize(
