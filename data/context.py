@@ -189,6 +189,18 @@ class RepositoryFiles:
             for name, start in self.places(query, NEAREST, path)
         ]
 
+    def path_of(self, prefix: str, suffix: str) -> str:
+        """Return the file that a place is in, as most of the lines around it tell; "" where none has most."""
+        around = prefix[-4 * BEFORE :] + "\n" + suffix[: 4 * AFTER]
+        lines = {line.strip() for line in around.split("\n")} - {""}
+        near = dict.fromkeys(path for path, _ in self.places(around, QUERY_WORDS))
+        shares = {
+            path: len(lines & {line.strip() for line in self.texts[path].split("\n")}) / max(1, len(lines))
+            for path in near
+        }
+        best = max(shares, key=lambda path: (shares[path], path), default="")
+        return best if shares.get(best, 0.0) > 0.5 else ""
+
     def pieces(self, path: str, prefix: str, suffix: str) -> list[tuple[str, str]]:
         """Return (path, text) of what is to be shown beside a place in a file, the best first."""
         query = prefix[-BEFORE:] + "\n" + suffix[:AFTER]
@@ -208,7 +220,13 @@ def _shared(path: str, other: str) -> int:
 
 
 def context_of(
-    files: RepositoryFiles, path: str, prefix: str, suffix: str, tokenizer: Tokenizer, budget: int
+    files: RepositoryFiles,
+    path: str,
+    prefix: str,
+    suffix: str,
+    tokenizer: Tokenizer,
+    budget: int,
+    more: Sequence[tuple[str, str]] = (),
 ) -> str:
     """Return what stands before the prefix of a place: pieces of other files as comments, of `budget` tokens.
 
@@ -217,8 +235,12 @@ def context_of(
         prefix: All of the file before the place.
         suffix: All of it after the place.
         budget: The most tokens; 0 shows nothing.
+        more: Pieces (name, text) that an editor sends, the best last; they get what room is left.
     """
-    return fitted_pieces(files.pieces(path, prefix, suffix) if budget else (), path, tokenizer, budget)
+    if not budget:
+        return ""
+    pieces = [*files.pieces(path, prefix, suffix), *reversed(more)]
+    return fitted_pieces(dict.fromkeys(pieces), path, tokenizer, budget)
 
 
 def fitted_pieces(pieces: Iterable[tuple[str, str]], path: str, tokenizer: Tokenizer, budget: int) -> str:

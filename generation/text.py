@@ -9,6 +9,7 @@ all there; a `TextRequest` is one of many that an engine is given while it runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -30,6 +31,11 @@ class Completion(NamedTuple):
     log_prob: float
     finish_reason: str
     speculation: str = ""
+
+    @property
+    def sureness(self) -> float:
+        """The geometric mean of the tokens' probabilities, 0 to 1; 0 without a token."""
+        return math.exp(self.log_prob / len(self.ids)) if self.ids else 0.0
 
 
 # --- prompts --------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ A recipe is a module `recipes/NAME.py`, and the settings of its training are `re
                                              no base is named, so that two cores train a small one in minutes
     longest(settings) -> int                 most tokens of an example, with its end, which a row must hold
     check(settings)                          optional: refuses settings from which nothing can be built
+    LIVING                                   optional: True for a source that goes on changing, of which a
+                                             dataset that was made stays
     files_of(settings, work)                 optional: the files to build from; they are fetched before a
                                              small base is trained, so that an empty source is refused first
     check_isolation(settings)                optional: refuses a machine without a sandbox for its programs

@@ -144,13 +144,8 @@ def model_answers(evaluated: EvaluatedModel, cases: Sequence[Case], shown: bool)
             with evaluated.precision.autocast():
                 made = generate(model, tokenizer, [one.prompt for one in asked], how, suffix="")
             for i, one in zip(some, made, strict=True):
-                texts[i], sure[i] = one.text, sureness(one.log_prob, len(one.ids))
+                texts[i], sure[i] = one.text, one.sureness
     return Answers(texts, sure)
-
-
-def sureness(log_prob: float, n: int) -> float:
-    """Return the mean probability of a completion's tokens, the geometric one; 0 without a token."""
-    return math.exp(log_prob / n) if n else 0.0
 
 
 def ngram_answers(baseline: NGramModel, evaluated: EvaluatedModel, cases: Sequence[Case]) -> Answers:
@@ -167,7 +162,7 @@ def ngram_answers(baseline: NGramModel, evaluated: EvaluatedModel, cases: Sequen
             new = tokenizer.encode(text)
             if new:
                 every = baseline.log_probs([np.array([*before[-baseline.order :], *new])])
-                sure[i] = sureness(float(every[-len(new) :].sum()), len(new))
+                sure[i] = math.exp(every[-len(new) :].mean())
     return Answers(texts, sure)
 
 

@@ -98,17 +98,15 @@ class Cut:
     counts: Counts = field(default_factory=lambda: Counts("commits, files and changes of files"))
 
 
-class Reader:
-    """Reads blobs as cleaned texts: no secret, no name or address of a committer, no licence header.
+class Cleaner:
+    """Cleans files of code to texts: no secret, no name or address of a committer, no licence header.
 
     Args:
-        history: Where they are.
         people: Names and addresses of those who commit.
         extensions: Endings of the names of files that are read.
     """
 
-    def __init__(self, history: git.History, people: Iterable[str], extensions: Sequence[str] = CODE) -> None:
-        self.history = history
+    def __init__(self, people: Iterable[str] = (), extensions: Sequence[str] = CODE) -> None:
         # A single word, such as a nick, may be a word of the code too.
         self.people = sorted({one for one in people if " " in one or "@" in one}, key=len, reverse=True)
         self.wanted = Wanted(tuple(extensions), 0, MOST_BYTES)
@@ -120,6 +118,41 @@ class Reader:
             shape.build(0, s.max_line, s.max_mean_line, s.min_alnum, s.max_escapes, s.max_numbers),
             secrets.build(personal=True, note=lambda what: None),
         )
+
+    def reason(self, path: bytes, size: int) -> str:
+        """Return why a file of this name and size is left out unread; "" where it is to be read."""
+        return "lock file" if LOCKS.search(path_text(path)) else self.wanted.reason(path, size)
+
+    def cleaned(self, path: bytes, data: bytes) -> str | Drop:
+        """Return the text of a file, or why it is left out."""
+        if why := data_reason(data):
+            return Drop(why)
+        found = self._decoded(RawFile("", path_text(path), "", "", data))
+        for stage in self._stages:
+            if isinstance(found, Drop):
+                return found
+            found = stage(found)
+        return found if isinstance(found, Drop) else self._nameless(found.text)
+
+    def _nameless(self, text: str) -> str:
+        for name in self.people:
+            if name in text:
+                text = text.replace(name, "<AUTHOR>")
+        return text
+
+
+class Reader(Cleaner):
+    """Reads blobs of a history as cleaned texts.
+
+    Args:
+        history: Where they are.
+        people: Names and addresses of those who commit.
+        extensions: Endings of the names of files that are read.
+    """
+
+    def __init__(self, history: git.History, people: Iterable[str], extensions: Sequence[str] = CODE) -> None:
+        super().__init__(people, extensions)
+        self.history = history
         self._sizes: dict[str, int] = {}
         self._raw: dict[str, bytes] = {}
         self._texts: dict[tuple[str, str], str | Drop] = {}
@@ -133,33 +166,17 @@ class Reader:
 
     def text(self, path: bytes, id: str, reason: str = "") -> str | Drop:
         """Return the cleaned text of a blob that was needed, or why it is left out."""
-        name = path_text(path)
-        key = name, id
+        key = path_text(path), id
         if key not in self._texts:
-            self._texts[key] = self._read(name, path, id, reason)
+            self._texts[key] = self._read(path, id, reason)
         return self._texts[key]
 
-    def _read(self, name: str, path: bytes, id: str, reason: str) -> str | Drop:
-        if reason or LOCKS.search(name):
-            return Drop(reason or "lock file")
-        if why := self.wanted.reason(path, self._sizes.get(id, 0)):
+    def _read(self, path: bytes, id: str, reason: str) -> str | Drop:
+        if why := reason or self.reason(path, self._sizes.get(id, 0)):
             return Drop(why)
         if id not in self._raw:
             return Drop("not here, or damaged: a partial clone has not fetched it")
-        if why := data_reason(self._raw[id]):
-            return Drop(why)
-        found = self._decoded(RawFile("", name, "", "", self._raw[id]))
-        for stage in self._stages:
-            if isinstance(found, Drop):
-                return found
-            found = stage(found)
-        return found if isinstance(found, Drop) else self._nameless(found.text)
-
-    def _nameless(self, text: str) -> str:
-        for name in self.people:
-            if name in text:
-                text = text.replace(name, "<AUTHOR>")
-        return text
+        return self.cleaned(path, self._raw[id])
 
 
 def cut(history: git.History, since: str = "", extensions: Sequence[str] = CODE) -> Cut:

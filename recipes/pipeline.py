@@ -186,9 +186,11 @@ def mark(out: Path, step: str, made_from: Any) -> None:
     write_atomically(out / "steps.json", json.dumps(done(out) | {step: made_from}, indent=1))
 
 
-def sources(settings: RecipeSettings) -> dict[str, str]:
-    """Return the `content_of` each file or folder that a setting names."""
-    found = {}
+def sources(recipe: RequestedRecipe) -> dict[str, str]:
+    """Return the `content_of` each file or folder that a setting names, but of a source that lives none."""
+    found, settings = {}, recipe.settings
+    if getattr(recipe.module, "LIVING", False):
+        return {}
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         path = Path(value) if isinstance(value, str) and value and field.name != "out" else None
@@ -325,7 +327,7 @@ def build(recipe: RequestedRecipe, tokenizer: Any) -> None:
     shared = {field.name for field in dataclasses.fields(RecipeSettings)}
     made_from = {
         **{k: v for k, v in dataclasses.asdict(recipe.settings).items() if k not in shared},
-        **{f"content of {name}": value for name, value in sources(recipe.settings).items()},
+        **{f"content of {name}": value for name, value in sources(recipe).items()},
         "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
     }
     made_from = json.loads(json.dumps(made_from))

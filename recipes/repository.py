@@ -34,6 +34,7 @@ from scraping.history import History, opened
 from tokenizer import Tokenizer
 
 FAMILY = "gpt_bigcode"
+LIVING = True  # What is committed after a dataset was made of the source is no reason to make it again.
 EVALUATION: dict[str, Any] = {"metrics": "exact_match,edit_similarity", "memorisation": True}
 SMALL: dict[str, Any] = {
     "base_seconds": 180,
@@ -124,6 +125,7 @@ def prompt_of(
     tokenizer: Tokenizer,
     settings: RepositorySettings,
     shown: bool = True,
+    more: Sequence[tuple[str, str]] = (),
 ) -> Prompt:
     """Return the prompt of a place: what other files say, and as much around the cursor as has room.
 
@@ -131,9 +133,10 @@ def prompt_of(
         files: The repository as it is at that moment.
         case: The place; its middle plays no part.
         shown: Whether other files are shown.
+        more: Pieces (name, text) of other files that an editor sends.
     """
     budget = settings.context_tokens if shown else 0
-    context = context_of(files, case.path, case.prefix, case.suffix, tokenizer, budget)
+    context = context_of(files, case.path, case.prefix, case.suffix, tokenizer, budget, more)
     return Prompt(*beside(tokenizer, context, case.prefix, case.suffix, room_of(settings, tokenizer)))
 
 
@@ -233,6 +236,12 @@ def read_said(out: Path) -> dict[str, Any]:
     except ValueError:
         pass
     raise ValueError(f"{path} is damaged; restore it, or learn the repository anew with another --out")
+
+
+def adapter_of(out: Path, said: dict[str, Any]) -> Path:
+    """Return the folder of the adapter that is the repository's now: the first, or that of an update."""
+    version = said.get("version", 1)
+    return out / "adapter" if version == 1 else out / "versions" / str(int(version)) / "adapter"
 
 
 def change_said(out: Path, **more: Any) -> None:

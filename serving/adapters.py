@@ -47,7 +47,8 @@ class Adapters:
             raise ValueError(
                 f"{source} has no tokenizer; put the tokenizer.json of the model beside its weights"
             )
-        self.base, self.source, self.folders, self.tokenizer = base, source, folders, base.tokenizer
+        self.base, self.source, self.tokenizer = base, source, base.tokenizer
+        self.folders = dict(folders)  # That of a learned repository changes with its updates.
         self.numbers = itertools.count()
         # The formats that each may have been trained on: another came in since the start, unmeasured.
         self.formats = {name: {None, held, trained_format(folder)} for name, folder in folders.items()}

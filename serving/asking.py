@@ -40,6 +40,8 @@ class Asked:
         seconds: After which a text ends as it is.
         editor: Who asks, as the request says; empty where it says nothing.
         fields: Names of the fields that the answer is to have; none is all.
+        pieces: (name, text) of other files, the newest or best last.
+        path: The file that the prompt is from, as the editor calls it; empty where it does not say.
     """
 
     prompts: tuple[AskedPrompt, ...]
@@ -54,6 +56,8 @@ class Asked:
     seconds: float | None = None
     editor: str = ""
     fields: tuple[str, ...] = ()
+    pieces: tuple[tuple[str, str], ...] = ()
+    path: str = ""
 
 
 @dataclass

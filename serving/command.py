@@ -133,16 +133,28 @@ def open_service(
         ValueError: It cannot be opened.
     """
     from serving.adapters import open_with_adapters
+    from serving.repository import as_repository
     from serving.service import Service
 
+    learned = as_repository(settings)
+    settings, repository = learned or (settings, None)
+    if repository is None and settings.repository:
+        raise ValueError(
+            f"--repository is for a model that has learned one, and {settings.model} is none; learn it by "
+            "python -m recipes repository, or leave the flag out"
+        )
     adapters = open_with_adapters(settings) if settings.adapters else None
     found = Opened(adapters.model, adapters.tokenizer) if adapters else opened(settings)
     model, tokenizer, run = found
     faults = tuple(name for name in settings.allow if not adapters or name != FORMAT_DIFFERS)
     examine(replace(settings, allow=faults), model, tokenizer, [])
-    service = Service(model, tokenizer, settings.name or name_of(settings.model), settings, adapters)
+    service = Service(
+        model, tokenizer, settings.name or name_of(settings.model), settings, adapters, repository
+    )
     service.scores[service.name] = known_scores(settings.model, run, settings.held)
     service.scores |= {name: known_scores(folder) for name, folder in settings.adapters.items()}
+    if repository is not None:
+        repository.watch(service.read_adapters_later)
     return service
 
 
@@ -173,7 +185,7 @@ def serve(
         print(f"warning: {told}; give --tls_cert and --tls_key")
     print(f"listening at {scheme}://{shown}:{port}; a page to try it is there; Ctrl-C ends it", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again at its end.
-    if settings.adapters:
+    if service.adapters is not None:
         signal.signal(signal.SIGHUP, lambda *_: service.read_adapters_later())
     server.run(sockets=[listener])
     service.end()

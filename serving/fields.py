@@ -7,6 +7,7 @@ import math
 from typing import Any, NoReturn, Self
 
 MOST_STOPS, LONGEST_STOP = 32, 256
+MOST_PIECES = 256  # of other files
 GREEDY_BELOW = 1e-3  # A lower temperature takes the likeliest token, as clients that send it mean.
 
 
@@ -103,6 +104,15 @@ class Body(dict[str, Any]):
         if value is not None and not isinstance(value, dict):
             wrong(field, "must be an object")
         return type(self)(value or {})
+
+    def pieces(self, field: str, name: str, text: str) -> tuple[tuple[str, str], ...]:
+        """Return pieces of other files, (name of the file, text): a list of objects with two fields."""
+        given = self.get(field) or []
+        if not isinstance(given, list) or not all(isinstance(one, dict) for one in given):
+            wrong(field, f"must be a list of objects with {name} and {text}")
+        if len(given) > MOST_PIECES:
+            wrong(field, f"has {len(given)} pieces, and a request may have {MOST_PIECES}")
+        return tuple((one.text(name) or "", one.text(text) or "") for one in map(type(self), given))
 
     def stops(self) -> tuple[str, ...]:
         """Return the strings that end a text: one, or a list."""

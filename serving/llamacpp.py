@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
-from data.context import commented
 from generation.settings import GenerationConfig
 from serving.asking import Answer, Asked
 from serving.fields import Body, Refused, sampling, wrong
@@ -13,7 +13,6 @@ from serving.openai import prompts_of, seed_of
 from serving.protocol import Protocol
 from serving.settings import ServeConfig
 
-MOST_EXTRA = 256  # pieces of other files
 STOP_TYPES = {"eos": "eos", "stop": "word"}  # All others are `limit`.
 
 
@@ -119,13 +118,8 @@ class Infill(Completion):
         """Read a request; pieces of other files stand before the prefix as comments."""
         prefix = (body.text("input_prefix") or "") + (body.text("prompt") or "")
         suffix = body.text("input_suffix") or ""
-        extra = body.get("input_extra") or []
-        if not isinstance(extra, list) or not all(isinstance(one, dict) for one in extra):
-            wrong("input_extra", "must be a list of objects with filename and text")
-        if len(extra) > MOST_EXTRA:
-            wrong("input_extra", f"has {len(extra)} pieces, and a request may have {MOST_EXTRA}")
-        pieces = [(one.text("filename") or "", one.text("text") or "") for one in map(Body, extra)]
-        return self._asked(body, limits, (commented(pieces) + prefix,), suffix)
+        pieces = body.pieces("input_extra", "filename", "text")
+        return replace(self._asked(body, limits, (prefix,), suffix), pieces=pieces)
 
 
 def chosen_fields(whole: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

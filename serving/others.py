@@ -14,6 +14,12 @@ from serving.protocol import Protocol, compact
 from serving.settings import ServeConfig
 from tokenizer import Tokenizer
 
+SNIPPETS = (
+    "declarations",
+    "relevant_snippets_from_changed_files",
+    "relevant_snippets_from_recently_opened_files",
+)
+
 
 def one_text(body: Body, field: str) -> str:
     """Return a text that has to be there."""
@@ -179,8 +185,17 @@ class Tabby(OpenAI):
         chosen = sampling(body.number("temperature", 0.1, 0.0, 100.0))
         settings = GenerationConfig(max_new_tokens=min(64, limits.most_tokens), seed=seed_of(body), **chosen)
         suffix = own.text("suffix") or None
-        n_new, editor = settings.max_new_tokens, body.text("user") or ""
-        return Asked((one_text(own, "prefix"),), settings, suffix, n_new=n_new, editor=editor)
+        # Snippets are those of Tabby's clients; the best come first there.
+        pieces = [piece for field in SNIPPETS for piece in own.pieces(field, "filepath", "body")]
+        return Asked(
+            (one_text(own, "prefix"),),
+            settings,
+            suffix,
+            n_new=settings.max_new_tokens,
+            editor=body.text("user") or "",
+            pieces=tuple(reversed(pieces)),
+            path=own.text("filepath") or "",
+        )
 
     def whole(self, answer: Answer, tokenizer: Tokenizer) -> Any:
         """Return the object of the text."""

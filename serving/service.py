@@ -12,15 +12,18 @@ from typing import NamedTuple
 
 from architecture import Decoder
 from config.console import one_line
+from data.context import commented
+from data.fim import marked_prompt_ids
 from generation.requests import Request
 from generation.scheduling import EngineLimits, QueueFull
 from generation.text import Completion, TextRequest
 from lora import use_adapters
 from serving.adapters import Adapters, Variant
-from serving.asking import Answer, Asked, Fitted, fit, refuse_gap_without_markers
+from serving.asking import Answer, Asked, AskedPrompt, Fitted, fit, refuse_gap_without_markers
 from serving.ending import Ending
 from serving.fields import Refused
 from serving.loop import EngineLoop
+from serving.repository import LearnedRepository
 from serving.settings import ALIAS, ServeConfig
 from tokenization.turn_end import end_turns
 from tokenizer import Tokenizer
@@ -40,6 +43,8 @@ class Service:
     Args:
         name: The model's name for clients.
         adapters: Those on the model, which have names of their own.
+        repository: The repository that one of them has learned, which is then what clients get that name
+            nothing.
 
     Attributes:
         variants: What each name stands for.
@@ -56,6 +61,7 @@ class Service:
         name: str,
         settings: ServeConfig,
         adapters: Adapters | None = None,
+        repository: LearnedRepository | None = None,
     ):
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
@@ -64,6 +70,7 @@ class Service:
             )
         end_turns(tokenizer)  # Before those of adapters are made of it.
         self.model, self.name, self.settings, self.adapters = model.eval(), name, settings, adapters
+        self.repository = repository
         self.variants, self.scores = {name: Variant(tokenizer)}, dict[str, str]()
         if adapters is not None:
             if name in adapters.folders:
@@ -93,6 +100,8 @@ class Service:
 
     def end(self) -> None:
         """End everything, once nobody is there to answer."""
+        if self.repository is not None:
+            self.repository.end()
         self.loop.end()
 
     def known_model(self, name: object) -> str:
@@ -103,7 +112,7 @@ class Service:
         """
         asked = name.removesuffix(":latest") if isinstance(name, str) else name
         if asked in (None, "", ALIAS):
-            return self.name
+            return self.repository.name if self.repository else self.name
         if isinstance(asked, str) and asked in self.variants:
             return asked
         known = ", ".join(self.variants)
@@ -127,6 +136,12 @@ class Service:
 
     def _read_adapters(self) -> dict[str, str]:
         failed = dict[str, str]()
+        if self.repository is not None and self.adapters is not None:
+            try:
+                self.repository.read()
+            except ValueError as error:
+                print(f"the repository stays as it was: {one_line(str(error))}", file=sys.stderr)
+            self.adapters.folders[self.repository.name] = str(self.repository.adapter)
         for name in self.adapters.folders if self.adapters else ():
             assert self.adapters is not None
             try:
@@ -172,13 +187,27 @@ class Service:
     def _begin(self, asked: Asked, model: str, tell: Callable[[Event], None]) -> Answer:
         tokenizer = self.variants[model].tokenizer
         asked = replace(asked, suffix=refuse_gap_without_markers(tokenizer, asked.suffix))
-        fitted = [fit(self.model, tokenizer, asked, prompt) for prompt in asked.prompts]
+        fitted = [self._fit(tokenizer, asked, prompt, model) for prompt in asked.prompts]
         answer = Answer(asked, model, tokenizer, fitted)
         answer.completions = [None] * (len(fitted) * asked.n)
         requests = [self._request(answer, place, one, tell) for place, one in enumerate(fitted)]
         place = "" if model == self.name else model
         answer.handles = self.loop.add(requests, lambda error: tell(Event(-1, None, error)), place)
         return answer
+
+    def _fit(self, tokenizer: Tokenizer, asked: Asked, prompt: AskedPrompt, model: str) -> Fitted:
+        """Put other files before a prompt, and fit both into the model."""
+        if isinstance(prompt, str) and not asked.echo:
+            if self._learned(model) and marked_prompt_ids(tokenizer, prompt) is None:
+                assert self.repository is not None, "it has been learned"
+                prompt, suffix = self.repository.prompt(tokenizer, asked, prompt)
+                asked = replace(asked, suffix=suffix)
+            elif asked.pieces:
+                prompt = commented(asked.pieces) + prompt
+        return fit(self.model, tokenizer, asked, prompt)
+
+    def _learned(self, model: str) -> bool:
+        return self.repository is not None and model == self.repository.name
 
     def _request(self, answer: Answer, place: int, fitted: Fitted, tell: Callable[[Event], None]) -> Request:
         asked, first = answer.asked, place * answer.asked.n
@@ -187,21 +216,28 @@ class Service:
         cuts = asked.n_new > 0 and (end != "free" or bool(asked.suffix))
         cuts = cuts and not isinstance(prompt, tuple)  # An answer ends where the model ends it.
         endings = [Ending(end, before, asked.suffix) for _ in range(asked.n)] if cuts else []
+        # What is shown only if the whole of it is sure enough waits until it has ended.
+        least = self.repository.threshold if self.repository and self._learned(answer.model) else 0.0
+        waits = least > 0 and fitted.is_gap
 
         def part(sample: int, text: str) -> None:
             text = endings[sample].feed(text) if endings else text
-            if text and asked.stream:
+            if text and asked.stream and not waits:
                 tell(Event(first + sample, text))
 
         def ended(sample: int, made: Completion) -> None:
             if endings:
                 ending = endings[sample]
                 rest = ending.finish()
-                if rest and asked.stream:
+                if rest and asked.stream and not waits:
                     tell(Event(first + sample, rest))
                 made = made._replace(
                     text=ending.text, finish_reason="stop" if ending.is_over else made.finish_reason
                 )
+            if waits and made.sureness < least:
+                made = made._replace(text="")
+            elif waits and made.text and asked.stream:
+                tell(Event(first + sample, made.text))
             answer.completions[first + sample] = made
             answer.first = answer.first or time.monotonic()
             tell(Event(first + sample))

@@ -18,8 +18,10 @@ class ServeConfig(ExaminedConfig):
     """The command line of the server.
 
     Args:
-        model: A run folder or checkpoint, a model folder, or a hub id. Not given, it is the newest run in
-            `runs/`.
+        model: A run folder or checkpoint, a model folder, or a hub id; or what the recipe `repository` wrote,
+            whose base is then served with its adapter. Not given, it is the newest run in `runs/`.
+        repository: The checkout whose files are shown beside the cursor, of a model that has learned one; not
+            given, the one that was learned.
         adapter: A name for clients and a PEFT folder, as `NAME=FOLDER`; several may be given, on one base.
         name: The model's name for clients; not given, that of its folder. It is called `plumb` too.
         host: The address to listen on. One that other machines reach needs a token.
@@ -46,6 +48,7 @@ class ServeConfig(ExaminedConfig):
     """
 
     model: str = option("", also=("run",))
+    repository: str = ""
     adapter: tuple[str, ...] = ()
     name: str = ""
     host: str = "127.0.0.1"
