@@ -155,7 +155,7 @@ def complete(
     on_done(len(done))
     work = _Work(model, tokenizer, examples, cut, settings, requests, done, kept, on_done)
     for (limit, ends), draws in work.missing():
-        work.complete_alike(draws[world.rank :: world.size], limit, ends)
+        work.complete_alike(draws, limit, ends)
     for others in world.collect(_listed(done)):
         done |= _made(others)
     texts = [[done[i, draw][0] for i in range(len(examples))] for draw in range(settings.draws)]
@@ -190,7 +190,7 @@ class _Work:
         self.most_rows = self.settings.batch_size or max(MOST_ROWS.values())
 
     def missing(self) -> Iterator[tuple[tuple[int, frozenset[int]], list[Draw]]]:
-        """Yield the draws that are not done, those with one limit and the same end tokens together.
+        """Yield the draws that this process has to make, those with one limit and the same ends together.
 
         Long prompts come first: those that follow fit the columns that are there.
         """
@@ -209,7 +209,8 @@ class _Work:
             for draw in range(self.settings.draws)
             if (i, draw) not in self.done
         ]
-        for limit_and_ends, draws in groupby(missing, key=shared):
+        world = self.settings.world
+        for limit_and_ends, draws in groupby(missing[world.rank :: world.size], key=shared):
             yield limit_and_ends, list(draws)
 
     def complete_alike(self, draws: list[Draw], limit: int, ends: frozenset[int]) -> None:

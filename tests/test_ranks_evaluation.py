@@ -48,14 +48,18 @@ def assert_alike(found: Any, expected: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "more"), [(2, {}), (3, {"temperature": 0.8, "samples_per_example": 2, "suite": "pairs"})]
+    ("size", "more"),
+    [
+        (2, {}),
+        (3, {"temperature": 0.8, "samples_per_example": 2, "suite": "pairs"}),
+        (4, {"samples": 2, "suite": "pairs", "batch_size": 64}),  # There is work for two of them.
+    ],
 )
 def test_an_evaluation_is_that_of_one_process(tmp_path: Path, size: int, more: dict[str, Any]) -> None:
     config = small_run(tmp_path)
     run = train(config).folder
-    settings = EvalConfig(
-        str(run), device="cpu", precision="fp32", max_new_tokens=8, batch_size=2, cache=config.data.cache
-    )
+    settings = EvalConfig(str(run), device="cpu", precision="fp32", batch_size=2, max_new_tokens=8)
+    settings = replace(settings, cache=config.data.cache)
     settings = replace(settings, **more)
     evaluate.write_evaluation(replace(settings, out=str(tmp_path / "one")))
     of_some = replace(settings, out=str(tmp_path / "some"))
