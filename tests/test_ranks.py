@@ -157,6 +157,17 @@ def test_a_signal_to_one_process_ends_all_after_the_same_update(
     assert [saved.step for saved in checkpoints(tmp_path / "run" / "checkpoints")] == [2]
 
 
+def test_what_one_process_tells_may_be_long(tmp_path: Path) -> None:
+    """A tokenizer of 250,000 pieces has 30 MB, and torch's store takes 8 MB at once."""
+    long = "\u65e5" * 3_000_000  # 18 MB as JSON
+
+    def work(world: World) -> None:
+        assert world.told(long if world.is_first else None) == long
+        assert world.collect([world.rank, long]) == [[0, long], [1, long]]
+
+    assert [end.code for end in on_ranks(2, shared(work), tmp_path)] == [0, 0]
+
+
 def test_time_is_that_of_the_first_process(config: Config, tmp_path: Path) -> None:
     """The others' clocks may say anything: rates, and the end of a budget in seconds, are the first one's."""
 

@@ -48,6 +48,7 @@ T = TypeVar("T")
 PATIENCE = 600.0  # Seconds that a rank waits for another in what all do together.
 GRACE = 5.0  # Seconds in which those that are left say so, before the others are named.
 POLL = 0.02  # Seconds between two looks for what rank 0 tells.
+PIECE = 2**22  # Bytes of a value in torch's store, which ends the connection at more than 2**23.
 JOINING = 120.0  # Seconds in which all processes have to come.
 
 
@@ -126,12 +127,17 @@ class World:
         key = f"told/{by}/{number}"
         try:
             if self.rank == by:
-                self.store.set(key, json.dumps(value))
+                words = json.dumps(value)
+                pieces = [words[i : i + PIECE] for i in range(0, len(words), PIECE)]
+                for i, piece in enumerate(pieces):
+                    self.store.set(f"{key}/{i}", piece)
+                self.store.set(key, str(len(pieces)))
             while not self.store.check([key]):
                 if self.store.check(["ended"]):
                     raise RankLost("another process has ended")
                 time.sleep(POLL)
-            return json.loads(self.store.get(key))
+            found = [self.store.get(f"{key}/{i}") for i in range(int(self.store.get(key)))]
+            return json.loads(b"".join(found))
         except RuntimeError:
             raise RankLost("torchrun has ended, by whose store the processes find each other") from None
 
