@@ -61,6 +61,8 @@ def test_a_run_from_a_store_is_that_from_the_corpus(config: Config, store: Path,
     run, shared_run = tmp_path / "from-store", tmp_path / "of-two"
     own = from_store(config, store, run=str(run))
     train(changed(own, max_steps=3))
+    os.rename(store, tmp_path / "moved")
+    own = from_store(config, tmp_path / "moved", run=str(run))
     train(changed(own, resume=True))
     ended = on_ranks(2, shared(lambda world: train(changed(own, run=str(shared_run)), world=world)), tmp_path)
     assert [end.code for end in ended] == [0, 0], ended

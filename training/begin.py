@@ -21,6 +21,7 @@ from config.files import code_fingerprint
 from config.schema import flat
 from config.yamlfile import read_yaml
 from data.run_documents import RunDocuments
+from data.storefolder import with_stored
 from dataset import PreparedData, fitting_row, micro_batches_of, prepare_data, prepare_tokenizer
 from guards.faults import Fault
 from guards.preflight import TOGETHER, preflight, record_overrides
@@ -68,6 +69,7 @@ def train(
         OSError: The disk is full or read-only; older checkpoints stay.
     """
     precision = of_rank(refuse_mistakes(config), world)
+    config = replace(config, data=with_stored(config.data))
     micro_batches_of(config.train.batch_size, config.train.accumulation, world.size)
     with claimed_folder(config) if world.is_first else contextlib.nullcontext() as folder:
         folder = Path(world.told(folder and str(folder)))

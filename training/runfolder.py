@@ -155,16 +155,14 @@ def words_of_run(folder: str | Path) -> list[str]:
 
 
 def with_data_resolved(config: Config, folder: Path) -> Config:
-    """Return the config with the settings of its prepared store, if it names one, and `data.regroup` decided.
+    """Return the config with `data.regroup` decided.
 
-    Where this is unset, it is what the run in the folder has, or else what suits the source.
+    Where it is unset, it is what the run in the folder has, or else what suits the source.
 
     Raises:
         ValueError: The folder's config.yaml cannot be read.
     """
-    from data.storefolder import with_stored  # It imports numpy.
-
-    data, saved = with_stored(config.data), folder / "config.yaml"
+    data, saved = config.data, folder / "config.yaml"
     if data.regroup is None and saved.is_file():
         before = Config.from_dict(read_yaml(saved))
         data = dataclasses.replace(data, regroup=before.data.resolved().regroup)
